@@ -1,0 +1,17 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(ValueError):
+    """A user's mistake, shown without a traceback; the command line exits with code 2.
+
+    Each problem says what is wrong, where (path, YAML key or file:line), why, and the way out. All problems at once.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems\n" + "\n".join(f"  - {p}" for p in self.problems)
