@@ -1,8 +1,11 @@
 """Files that came from elsewhere or must never be half-written."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -64,6 +67,27 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` (replacing an older one) when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for path in new.rglob("*"):
+            _fsync(path)
+        _fsync(new)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        _fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as f:
@@ -80,6 +104,14 @@ def what_is(head: bytes) -> str:
     if text[:1] == b"\x80" or text[:2] == b"pk":
         return "a pickle, which can run code when loaded: use the safetensors files"
     return ""
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _looks_like(path: Path) -> str:

@@ -1,0 +1,194 @@
+"""Hub checkpoints <-> our parameters. Each family declares how its Hub names differ; nothing here knows a family.
+
+Three rules cover every family: a renamed name, several of our tensors fused into one Hub tensor (Phi 3, GLM 4), and one
+of our tensors stored as one Hub tensor per expert (Mixtral, Qwen 3 MoE, DeepSeek).
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import UserError
+from torchft.files import new_folder
+from torchft.weights import WeightFiles, write_shards
+
+# Files of a checkpoint that describe it besides weights, config.json and the tokenizer; copied on export.
+SIDE_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
+
+
+@dataclass(frozen=True)
+class HubNames:
+    """How one family's Hub names differ from ours (which are Llama's, except for the norms)."""
+
+    renamed: dict[str, str] = field(default_factory=dict)  # regex on our name -> replacement
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # Hub module -> our modules, in order, along dim 0
+    per_expert: str | None = None  # regex whose match in our name becomes "<match>.<expert>" on the Hub
+    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors that hold nothing to learn
+
+    def rename(self, name: str) -> str:
+        """Our module or parameter name -> the Hub's."""
+        for pattern, new in self.renamed.items():
+            name = re.sub(pattern, new, name)
+        return name
+
+
+@dataclass(frozen=True)
+class HubFormat:
+    """What a model needs to be written as a Hub folder; ``models.build`` gives it to every model."""
+
+    names: HubNames
+    config_json: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Our parameter ``name`` is (``rows`` of) the Hub tensors ``hub``: one, or one per expert."""
+
+    name: str
+    hub: tuple[str, ...]
+    rows: slice
+
+
+def pieces(params: Mapping[str, Tensor], names: HubNames) -> Iterator[Piece]:
+    """Where each of our parameters lies in the Hub's tensors."""
+    for name, param in params.items():
+        hub, rows = name, slice(None)
+        for whole, parts in names.fused.items():
+            if (child := name.rsplit(".", 2)[-2]) in parts:
+                sizes = [params[name.replace(f".{child}.", f".{p}.")].shape[0] for p in parts]
+                start = sum(sizes[: parts.index(child)])
+                hub, rows = name.replace(f".{child}.", f".{whole}."), slice(start, start + param.shape[0])
+        hub = names.rename(hub)
+        if names.per_expert and (m := re.search(names.per_expert, hub)):
+            yield Piece(name, tuple(f"{hub[: m.end()]}.{e}{hub[m.end() :]}" for e in range(param.shape[0])), rows)
+        else:
+            yield Piece(name, (hub,), rows)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a Hub checkpoint holds: all but the adapters', whose names begin with ``lora_``."""
+    return {n: p for n, p in model.named_parameters() if not n.rpartition(".")[2].startswith("lora_")}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -> None:
+    """Copy the safetensors in ``folder`` into ``model``, one parameter at a time, cast to each parameter's dtype.
+
+    Raises UserError with every missing, unexpected or misshapen tensor before anything is copied, and with the names of
+    tensors that hold NaN or infinity.
+    """
+    names = hub_format(model).names
+    files, params = WeightFiles(folder), base_parameters(model)
+    plan = list(pieces(params, names))
+    _check_names(files, params, plan, names)
+    broken = []
+    for piece in plan:
+        tensors = [files.read(hub, piece.rows) for hub in piece.hub]
+        full = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+        if check_finite and not all(bound.isfinite() for bound in full.aminmax()):
+            broken.append(piece.hub[0])
+        params[piece.name].copy_(full)
+    if broken:
+        raise UserError(
+            f"{folder}: {len(broken)} tensors hold NaN or infinity, such as {broken[:4]}: "
+            "training from them cannot work; download or export the checkpoint again"
+        )
+
+
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write ``model`` as a Hub folder (config.json and safetensors), whole or not at all; an existing one is replaced.
+
+    ``dtype``: of the floating tensors (None = as they are). ``tensors``: our full parameters by name when they are not
+    the model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype.
+    """
+    hub, params = hub_format(model), dict(base_parameters(model) if tensors is None else tensors)
+    plan: dict[str, list[tuple[str, int | None]]] = {}  # Hub name -> our names (and expert), in row order
+    for piece in sorted(pieces(params, hub.names), key=lambda p: p.rows.start or 0):
+        for expert, name in enumerate(piece.hub):
+            plan.setdefault(name, []).append((piece.name, expert if len(piece.hub) > 1 else None))
+
+    def part(name: str, expert: int | None) -> Tensor:
+        tensor = params[name].detach() if expert is None else params[name].detach()[expert]
+        return tensor.to(dtype or tensor.dtype)
+
+    def num_bytes(name: str, expert: int | None) -> int:
+        tensor = params[name] if expert is None else params[name][expert]
+        return tensor.numel() * (dtype or tensor.dtype).itemsize
+
+    def whole(hub_name: str) -> Tensor:
+        parts = [part(*p).cpu() for p in plan[hub_name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    sizes = {hub_name: sum(num_bytes(*p) for p in parts) for hub_name, parts in plan.items()}
+    stored = dtype or next(iter(params.values())).dtype
+    with new_folder(Path(folder)) as new:
+        write_shards(new, sizes, whole)
+        config = {k: v for k, v in hub.config_json.items() if k not in ("torch_dtype", "dtype")}
+        config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored).removeprefix("torch.")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy what describes a checkpoint besides its weights and tokenizer into an exported ``folder``."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def hub_format(model: nn.Module) -> HubFormat:
+    hub = model.hub_format
+    assert isinstance(hub, HubFormat), "models.build and models.load set hub_format"
+    return hub
+
+
+def _check_names(files: WeightFiles, params: Mapping[str, Tensor], plan: list[Piece], names: HubNames) -> None:
+    """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
+    want: dict[str, list[int]] = {}
+    for piece in plan:
+        shape = list(params[piece.name].shape[1:] if len(piece.hub) > 1 else params[piece.name].shape)
+        for hub in piece.hub:
+            if hub in want:
+                want[hub][0] += shape[0]  # fused along dim 0
+            else:
+                want[hub] = shape
+    have = {n for n in files.names() if not re.search(names.ignored, n)}
+    problems = []
+    if tied := sorted(have - set(want) & {"lm_head.weight"} & have):
+        problems += _tied_head(files, tied[0], want)
+        have -= set(tied)
+    if missing := sorted(set(want) - have):
+        problems.append(f"lacks {len(missing)} of {len(want)} tensors: {_some(missing)}")
+    if extra := sorted(have - set(want)):
+        problems.append(f"holds {len(extra)} tensors that the model has no place for: {_some(extra)}")
+    for name in sorted(set(want) & have):
+        if (got := files.shape(name)) != tuple(want[name]):
+            problems.append(f"{name} has shape {list(got)}, but config.json asks for {want[name]}")
+    if problems:
+        more = [f"... and {len(problems) - 10} more tensors of wrong shape"] if len(problems) > 10 else []
+        why = "config.json and the weights are of different models, or a file is missing; download the folder again"
+        raise UserError(*(f"{files.folder}: {p}" for p in problems[:10] + more), why)
+
+
+def _tied_head(files: WeightFiles, head: str, want: Mapping[str, Any]) -> list[str]:
+    """A tied model's checkpoint may repeat the embedding as lm_head, but not hold another one."""
+    embedding = next((n for n in want if n.endswith("embed_tokens.weight")), "")
+    if embedding in files and torch.equal(files.read(head), files.read(embedding)):
+        return []
+    return [f"config.json ties the embeddings, but {head} differs from {embedding}: set tie_word_embeddings to false"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names) - 10} more)" if len(names) > 10 else "")

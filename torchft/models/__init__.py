@@ -1,0 +1,83 @@
+"""The families by name, and how a checkpoint folder or a config becomes a model."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchft.errors import UserError
+from torchft.files import read_json
+from torchft.hub import HubFormat, load_weights
+from torchft.models import llama2, llama3
+from torchft.names import nearest
+
+FAMILIES: dict[str, ModuleType] = {"llama2": llama2, "llama3": llama3}  # folder names under configs/
+ARCHITECTURES: dict[str, ModuleType] = {"LlamaForCausalLM": llama3}  # config.json's word -> who reads it
+
+
+def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> nn.Module:
+    """The model of a Hub folder, in eval mode: ``model(tokens [b, s]) -> logits [b, s, v]``.
+
+    Raises UserError for a folder that is incomplete, of an unknown family, or whose weights do not fit its config.json.
+    """
+    folder = Path(checkpoint_dir).expanduser()
+    model = build(config_json(folder)).to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") -> nn.Module:
+    """A model without weights: of a released size (``"llama3/Llama-3.1-8B"``) or of a config.json's contents.
+
+    On a device other than meta its parameters are random, as the modules' own initialisation leaves them.
+    """
+    if isinstance(name_or_config_json, str):
+        family, config = _released(name_or_config_json)
+        json = family.to_hub(config)
+    else:
+        json = name_or_config_json
+        family = _family(json)
+        config = family.from_hub(json)
+        if config.num_heads % config.num_kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads ({config.num_heads}) is not a multiple of "
+                f"num_key_value_heads ({config.num_kv_heads})"
+            )
+    with torch.device(device):
+        model = family.build(config)
+    model.hub_format = HubFormat(family.HUB, json)
+    return model
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """A checkpoint folder's config.json. Raises UserError when there is none or it is of quantised weights."""
+    if not folder.is_dir():
+        raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
+    json = read_json(folder / "config.json")
+    if quantized := json.get("quantization_config"):
+        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
+            "checkpoint, and `nf4` or `fp8` in the config to train on a quantised base"
+        )
+    return json
+
+
+def _released(name: str) -> tuple[ModuleType, Any]:
+    known = {f"{family}/{size}": (module, size) for family, module in FAMILIES.items() for size in module.CONFIGS}
+    if name not in known:
+        raise UserError(f"no model {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+    module, size = known[name]
+    return module, module.CONFIGS[size]
+
+
+def _family(json: dict[str, Any]) -> ModuleType:
+    names = json.get("architectures") or []
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        hint = nearest(str(names[0]), ARCHITECTURES) if names else ""
+        raise UserError(
+            f"config.json: architectures is {names}{hint}; torchft trains {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[names[0]]

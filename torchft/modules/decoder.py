@@ -1,0 +1,139 @@
+"""The decoder that every text family builds on: embed, blocks, norm, project."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from torchft.modules.kv_cache import KVCache, LayerCache
+from torchft.modules.masks import cache_mask, document_mask, window_mask
+from torchft.modules.rope import Rope, rope_cos_sin
+
+Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes that every family sets. A number of one family only belongs to that family's subclass."""
+
+    vocab_size: int  # rows of the embedding
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_dim: int  # of the MLP
+    max_seq_len: int  # tokens the released model was trained for
+    norm_eps: float = 1e-5
+    rope: Rope = field(default_factory=Rope)
+    tie_embeddings: bool = False
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        mlp: nn.Module,
+        *,
+        attn_norm: nn.Module,
+        mlp_norm: nn.Module,
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attn, mlp
+        self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
+        self.window = window  # tokens back that attention sees; None = all
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.attn_norm(x), cos, sin, mask, cache, positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """tokens -> logits. Holds parameters only: positions, masks and caches are inputs, computed once per batch."""
+
+    def __init__(self, config: DecoderConfig, block: Callable[[DecoderConfig, int], Block], norm: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_layers))
+        self.norm = norm
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
+        self.recompute = False  # activation checkpointing: recompute each block in backward
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        head: Head | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens [b, s] -> logits [b, s, v], or whatever ``head(hidden [b, s, d], project)`` returns.
+
+        ``positions`` [b, s] restart at 0 with each packed document; None: each row is one document, padding only after
+        it. ``head`` runs inside this forward because FSDP has the output weight gathered only here, and because a loss
+        that projects chunk by chunk never holds all logits (32k tokens x 128k words x 4 bytes = 16 GiB).
+        """
+        masks = self._masks(tokens, positions, cache)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
+        x = self.embed_tokens(tokens)  # [b, s, d]
+        for i, layer in enumerate(self.layers):
+            mask = masks[layer.window]
+            if cache is not None:
+                x = layer(x, cos, sin, mask, cache.layers[i], positions)
+            elif self.recompute and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask)
+        x = self.norm(x)
+        return self.project(x) if head is None else head(x, self.project)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Hidden states [..., d] -> logits [..., v], in the dtype of x."""
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def _masks(
+        self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None
+    ) -> dict[int | None, Tensor | None]:
+        """One mask for each kind of layer; None where plain causal attention is right."""
+        masks: dict[int | None, Tensor | None] = {}
+        for window in {layer.window for layer in self.layers}:
+            if cache is not None:
+                assert positions is not None, "a cache needs positions"
+                masks[window] = cache_mask(positions, cache.num_slots, window)
+            elif positions is not None:
+                masks[window] = document_mask(positions, window)
+            elif window is not None and window < tokens.shape[1]:
+                masks[window] = window_mask(tokens.shape[1], window, tokens.device)
+            else:
+                masks[window] = None
+        return masks
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, std: float = 0.02) -> None:
+    """Random weights for training from scratch: normal with ``std``, norms one, biases zero."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif not list(module.children()) and list(module.parameters(recurse=False)):
+            module.reset_parameters()

@@ -1,0 +1,22 @@
+"""Feed-forward layers."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), [b, s, d] -> [b, s, d] (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, act: Callable[[Tensor], Tensor] = F.silu, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

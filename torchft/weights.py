@@ -1,0 +1,116 @@
+"""Folders of safetensors files: opened with care (they come from elsewhere), read slice by slice, written in shards."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchft.errors import UserError
+from torchft.files import read_json, safe_join, what_is
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # the Hub's usual size
+
+
+class WeightFiles:
+    """The tensors of a checkpoint folder by name. Opening checks every file's header; tensors are read on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[str, Any] = {}  # tensor name -> open file
+        problems, index = [], {}
+        if (folder / INDEX).exists():
+            index = read_json(folder / INDEX).get("weight_map", {})
+            if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+                raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
+        files = {safe_join(folder, name) for name in index.values()} if index else _unindexed(folder)
+        for file in sorted(files):
+            try:
+                opened = open_safetensors(file)
+            except UserError as e:
+                problems += e.problems
+                continue
+            self._where |= dict.fromkeys(opened.keys(), opened)
+        if not problems and (absent := sorted(set(index) - set(self._where))):
+            problems.append(
+                f"{folder / INDEX} lists {len(absent)} tensors that no file holds, such as {absent[:3]}: "
+                "the files and the index are of different checkpoints; download them again"
+            )
+        if problems:
+            raise UserError(*problems)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of one tensor, on the CPU in its own dtype; only they are read from disk."""
+        return self._where[name].get_tensor(name) if rows == slice(None) else self._where[name].get_slice(name)[rows]
+
+
+def open_safetensors(path: Path) -> Any:
+    """``safe_open`` whose errors say which file, what is wrong with it, and the way out."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: the download is incomplete; run `tune download` again")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        with open(path, "rb") as f:
+            kind = what_is(f.read(200))
+        why = f"it is {kind}" if kind else f"{e}; the file is damaged or incomplete: download it again"
+        raise UserError(f"{path} is not a readable safetensors file: {why}") from None
+
+
+def write_shards(
+    folder: Path, shapes: Mapping[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write ``model.safetensors``, or numbered shards and their index; ``shapes`` gives each name's bytes, in order.
+
+    ``tensor(name)`` is called when its shard is written, so that one shard at a time is in memory.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, num_bytes in shapes.items():
+        if shards[-1] and size + num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(shapes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _unindexed(folder: Path) -> set[Path]:
+    """The weight files of a folder without an index."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder that `tune download` made")
+    if (folder / "model.safetensors").exists():
+        return {folder / "model.safetensors"}
+    files = {f for f in folder.glob("*.safetensors") if not f.name.startswith(("consolidated", "adapter_"))}
+    numbered = {f: m for f in files if (m := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", f.name))}
+    if numbered:
+        total = max(int(m[2]) for m in numbered.values())
+        have = {int(m[1]) for m in numbered.values()}
+        if missing := sorted(set(range(1, total + 1)) - have):
+            raise UserError(f"{folder} lacks shards {missing} of {total}, and {INDEX}: download it again")
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
+        hint = f"; {pickles[:3]} are pickles, which can run code when loaded" if pickles else ""
+        raise UserError(f"{folder} holds no .safetensors file{hint}. `tune download ORG/MODEL` fetches the right ones")
+    return files
