@@ -1,0 +1,33 @@
+"""Named points where a test can make a run fail: TORCHFT_FAULT="point:action:rank:step".
+
+Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill (SIGKILL), raise, enospc, eio, hang.
+``*`` stands for any rank or step. Without the variable a point costs one look into the environment.
+"""
+
+import errno
+import os
+import signal
+import time
+
+VARIABLE = "TORCHFT_FAULT"
+
+
+def point(name: str, *, step: int, rank: int = 0) -> None:
+    """Fails here if TORCHFT_FAULT names this point, rank and step."""
+    if not (wanted := os.environ.get(VARIABLE)):
+        return
+    where, action, at_rank, at_step = wanted.split(":")
+    if where != name or at_rank not in ("*", str(rank)) or at_step not in ("*", str(step)):
+        return
+    match action:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise RuntimeError(f"injected fault {wanted}")
+        case "enospc" | "eio":
+            code = errno.ENOSPC if action == "enospc" else errno.EIO
+            raise OSError(code, os.strerror(code))
+        case "hang":
+            time.sleep(3600)
+        case _:
+            raise ValueError(f"{VARIABLE}={wanted}: no action {action!r}")

@@ -1,0 +1,152 @@
+"""Optimizers as components, gradient clipping, and the checks that keep a bad step out of the weights."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from torchft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Groups = Iterable[dict[str, Any]]
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters, named, in two groups: matrices take the optimizer's weight decay; norms and biases none."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trainable if p.ndim >= 2]
+    vectors = [(name, p) for name, p in trainable if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    params: Groups,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> AdamW:
+    """torch.optim.AdamW with the fused kernel, on CUDA and CPU alike."""
+    return AdamW(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the hidden matrices and AdamW for the rest (embeddings, output head, norms, biases), as one optimizer.
+
+    Needs the named groups of ``param_groups``: a matrix named ``embed_tokens`` or ``lm_head`` is AdamW's. Muon's
+    update is scaled to AdamW's root mean square (https://arxiv.org/abs/2502.16982), so both share ``lr`` and the
+    weight decay; ``adamw_lr`` sets another for AdamW's part. Muon itself: https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(
+        self,
+        params: Groups,
+        *,
+        lr: float = 1e-3,
+        adamw_lr: float | None = None,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = [
+            {**group, "params": part, "muon": is_muon, "lr": lr if is_muon or adamw_lr is None else adamw_lr}
+            for group in params
+            for is_muon in (True, False)
+            if (part := [(n, p) for n, p in group["params"] if _is_hidden_matrix(n, p) == is_muon])
+        ]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        hidden, rest = self._split()
+        self._parts: list[Optimizer] = []
+        if hidden:
+            self._parts.append(Muon(hidden, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            self._parts.append(AdamW(rest, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True))
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = closure() if closure else None
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return [g for g in self.param_groups if g["muon"]], [g for g in self.param_groups if not g["muon"]]
+
+    def _share(self) -> None:
+        """Both parts work on this optimizer's own groups and state, so that schedules and checkpoints see one."""
+        hidden, rest = self._split()
+        for part in self._parts:
+            part.state = self.state
+            part.param_groups = hidden if isinstance(part, Muon) else rest
+
+
+def _is_hidden_matrix(name: str, param: Tensor) -> bool:
+    return param.ndim == 2 and "embed" not in name and "lm_head" not in name
+
+
+@torch.no_grad()
+def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scales the gradients to a total 2-norm of at most ``max_norm`` (None: leaves them) and returns the norm before.
+
+    Norms are fp32 even if the gradients are bf16, where torch.nn.utils.clip_grad_norm_ rounds each to 8 bits. A norm
+    that is not finite scales nothing, so that ``check_finite`` can tell which gradients are at fault.
+    """
+    with_grad = [p for p in params if p.grad is not None]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in with_grad if p.grad is not None]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total.where(total.isfinite(), max_norm))
+    return total
+
+
+def check_finite(
+    step: int, *, loss: Tensor | float, grad_norm: Tensor, model: nn.Module, rows: Sequence[object] = ()
+) -> None:
+    """Call before ``optimizer.step()``. UserError naming step, loss, norm, batch rows and the first bad parameters."""
+    if torch.isfinite(torch.as_tensor(loss)).all() and torch.isfinite(grad_norm):
+        return
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    where = f"gradients of {len(bad)} parameters: {', '.join(bad[:5])}" if bad else "no parameter's gradient"
+    batch = f"; rows of this batch: {', '.join(map(str, rows))}" if rows else ""
+    raise UserError(
+        f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}: not finite in {where}{batch}. "
+        "Stopped before the optimizer step: the weights are those of the previous step. Look at these rows, lower the "
+        "learning rate, or lengthen the warm-up"
+    )
+
+
+@torch.no_grad()
+def frozen_share(params: Iterable[Tensor], lr: float) -> float:
+    """Share of weights that one AdamW step of size ``lr`` leaves bit-equal, as bf16 has only 8 bits of mantissa.
+
+    Looks at up to 65536 weights of each parameter. fp32 weights count too: they almost always move.
+    """
+    same = total = 0
+    for p in params:
+        w = p.detach().flatten()[:: max(1, p.numel() // 65536)]
+        same += int(((w.float() - lr).to(w.dtype) == w).sum())
+        total += w.numel()
+    return same / total if total else 0.0
+
+
+def warn_if_frozen(params: Iterable[Tensor], lr: float, *, limit: float = 0.1) -> None:
+    """Warns once, at the start, if more than ``limit`` of the weights could not move at the peak learning rate."""
+    if (share := frozen_share(params, lr)) > limit:
+        log.warning(
+            "lr %g is below the resolution of %.0f%% of the bf16 weights: they would not change. "
+            "Raise lr, set dtype to fp32, or train LoRA, whose adapters are fp32",
+            lr,
+            100 * share,
+        )
