@@ -35,7 +35,7 @@ def safe_join(root: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError with path, line and column when it is missing, too large or not an object."""
+    """The object in a JSON file. UserError with path, line and column when missing, too large or not an object."""
     try:
         size = path.stat().st_size
         if size > JSON_LIMIT:

@@ -23,7 +23,8 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where: dict[str, Any] = {}  # tensor name -> open file
-        problems, index = [], {}
+        problems: list[str] = []
+        index: dict[str, str] = {}
         if (folder / INDEX).exists():
             index = read_json(folder / INDEX).get("weight_map", {})
             if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
@@ -86,7 +87,7 @@ def write_shards(
             size = 0
         shards[-1].append(name)
         size += num_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchft.modules.decoder import Head
+from torchft.modules.decoder import Decoder, Head
 from torchft.modules.kv_cache import KVCache
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, without the stop token that ended it.
 

@@ -5,19 +5,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
 from torchft.models import llama2, llama3
+from torchft.modules.decoder import Decoder
 from torchft.names import nearest
 
 FAMILIES: dict[str, ModuleType] = {"llama2": llama2, "llama3": llama3}  # folder names under configs/
 ARCHITECTURES: dict[str, ModuleType] = {"LlamaForCausalLM": llama3}  # config.json's word -> who reads it
 
 
-def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> nn.Module:
+def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Decoder:
     """The model of a Hub folder, in eval mode: ``model(tokens [b, s]) -> logits [b, s, v]``.
 
     Raises UserError for a folder that is incomplete, of an unknown family, or whose weights do not fit its config.json.
@@ -28,7 +28,7 @@ def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, dev
     return model.eval()
 
 
-def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") -> nn.Module:
+def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") -> Decoder:
     """A model without weights: of a released size (``"llama3/Llama-3.1-8B"``) or of a config.json's contents.
 
     On a device other than meta its parameters are random, as the modules' own initialisation leaves them.
@@ -46,7 +46,7 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
                 f"num_key_value_heads ({config.num_kv_heads})"
             )
     with torch.device(device):
-        model = family.build(config)
+        model: Decoder = family.build(config)
     model.hub_format = HubFormat(family.HUB, json)
     return model
 

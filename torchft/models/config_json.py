@@ -1,11 +1,11 @@
-"""Reading a checkpoint's config.json as data: named fields of a known type, and the RoPE section in its three spellings."""
+"""Reading a checkpoint's config.json as data: named fields of a known type, and RoPE in its three spellings."""
 
 from typing import Any, TypeVar
 
 from torchft.errors import UserError
 from torchft.modules.rope import LinearRope, Llama3Rope, Rope
 
-T = TypeVar("T")
+T = TypeVar("T", int, float, bool)
 
 
 def field(json: dict[str, Any], key: str, kind: type[T], default: T | None = None) -> T:
@@ -17,8 +17,9 @@ def field(json: dict[str, Any], key: str, kind: type[T], default: T | None = Non
         return default
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is not bool and not value > 0):
-        raise UserError(f"config.json: {key} is {value!r}, expected a positive {kind.__name__}")
+    if type(value) is not kind or (not isinstance(value, bool) and not value > 0):
+        wanted = "true or false" if kind is bool else f"a positive {kind.__name__}"
+        raise UserError(f"config.json: {key} is {value!r}, expected {wanted}")
     return value
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import cache_mask, document_mask, window_mask
+from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
 
 Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -70,7 +71,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_layers))
+        blocks = [block(config, i) for i in range(config.num_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.windows = [b.window for b in blocks]
         self.norm = norm
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
@@ -95,7 +98,7 @@ class Decoder(nn.Module):
         cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
         x = self.embed_tokens(tokens)  # [b, s, d]
         for i, layer in enumerate(self.layers):
-            mask = masks[layer.window]
+            mask = masks[self.windows[i]]
             if cache is not None:
                 x = layer(x, cos, sin, mask, cache.layers[i], positions)
             elif self.recompute and self.training:
@@ -114,7 +117,7 @@ class Decoder(nn.Module):
     ) -> dict[int | None, Tensor | None]:
         """One mask for each kind of layer; None where plain causal attention is right."""
         masks: dict[int | None, Tensor | None] = {}
-        for window in {layer.window for layer in self.layers}:
+        for window in set(self.windows):
             if cache is not None:
                 assert positions is not None, "a cache needs positions"
                 masks[window] = cache_mask(positions, cache.num_slots, window)
@@ -135,5 +138,5 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif not list(module.children()) and list(module.parameters(recurse=False)):
+        elif isinstance(module, RMSNorm):
             module.reset_parameters()
