@@ -1,0 +1,190 @@
+"""LoRA (https://arxiv.org/abs/2106.09685), rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
+(https://arxiv.org/abs/2402.09353) by surgery on the finished model; numbers as in PEFT.
+
+Order: build on meta, cast to the base dtype, ``apply_nf4``, ``apply_lora``, ``to_empty``, load, ``init_adapters``.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """The ``lora:`` section of a config. A pattern is the last words of a module's name or a regex for all of it."""
+
+    rank: int = 16  # inner width: parameters and capacity grow with it
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    targets: str | list[str] = ALL_LINEAR  # pattern(s) of linear layers; all-linear = every one but lm_head
+    dropout: float = 0.0  # share of the adapter's inputs that is zeroed in training
+    rslora: bool = False  # scale by alpha / sqrt(rank): higher ranks learn as fast as lower ones
+    dora: bool = False  # also train the length of each weight row: often better at low rank, slower
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # pattern -> rank; the first match wins
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # pattern -> alpha; the first match wins
+
+
+class LoRALinear(nn.Linear):
+    """A frozen nn.Linear plus ``scaling * B A x``; with DoRA every row of W + scaling * B A gets a trained length.
+
+    It keeps the names ``weight`` and ``bias`` of the layer it replaces. The adapter may be of a wider dtype than the
+    input (fp32 beside a bf16 base); it is cast at use. The weight may be NF4: F.linear and ``.to(dtype)`` dequantise.
+    """
+
+    lora_magnitude: nn.Parameter | None  # [out], DoRA only
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False)
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=dtype))
+        magnitude = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if dora else None
+        self.register_parameter("lora_magnitude", magnitude)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of x."""
+        out = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return out
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        update = self.scaling * F.linear(F.linear(dropped, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        if self.lora_magnitude is None:
+            return out + update
+        # As a correction to ``out``, so that an adapter that has learned nothing changes no bit. The correction is of
+        # the dropped input, and dropout leaves the base's own output alone.
+        if dropped is not x:
+            projected = F.linear(dropped, self.weight)
+        else:
+            projected = out if self.bias is None else out - self.bias
+        scale = self.lora_magnitude / torch.linalg.vector_norm(self._rows(), dim=1)  # [out]; the norm is a constant
+        return out + (scale - 1).to(x.dtype) * projected + scale.to(x.dtype) * update
+
+    @torch.no_grad()
+    def init_adapter(self, generator: torch.Generator | None = None) -> None:
+        """A uniform in +-1/sqrt(in), B zero, lengths those of the loaded rows: the layer still computes what it did."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_b)
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(torch.linalg.vector_norm(self._rows(), dim=1))
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The one weight [out, in] that does what the layer does: fp32 arithmetic, cast once to ``dtype`` (None: the
+        base's). An NF4 base is dequantised first, so the merged weight carries the quantisation error it trained with.
+        """
+        rows = self._rows()
+        if self.lora_magnitude is not None:
+            rows = rows * (self.lora_magnitude / torch.linalg.vector_norm(rows, dim=1)).unsqueeze(1)
+        return rows.to(dtype or self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        dora = ", dora=True" if self.lora_magnitude is not None else ""
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}, rslora={self.rslora}{dora}"
+
+    @torch.no_grad()
+    def _rows(self) -> Tensor:
+        """W + scaling * B A, [out, in] fp32, outside the autograd graph (DoRA paper, section 4.3)."""
+        update = self.lora_b.to(torch.float32) @ self.lora_a.to(torch.float32)
+        return self.weight.to(torch.float32) + self.scaling * update
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Freeze ``model`` and give each linear layer that ``config.targets`` matches an adapter of ``dtype``.
+
+    Returns their names in the model's order. Call it before compile and FSDP, and ``init_adapters`` (or ``load_peft``)
+    once the weights are loaded. Raises UserError for a pattern that matches nothing.
+    """
+    linears = find_linears(model, config.targets, key="lora.targets")
+    ranks = by_pattern(linears, config.rank_pattern, default=config.rank, key="lora.rank_pattern")
+    alphas = by_pattern(linears, config.alpha_pattern, default=config.alpha, key="lora.alpha_pattern")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}, whose forward an adapter would lose"
+        layer = LoRALinear(
+            linear,
+            ranks[name],
+            alphas[name],
+            dropout=config.dropout,
+            rslora=config.rslora,
+            dora=config.dora,
+            dtype=dtype,
+        )
+        model.set_submodule(name, layer)
+    return list(linears)
+
+
+def init_adapters(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise every adapter, in the model's order. DoRA reads the base weights: call it after they are loaded."""
+    for layer in lora_layers(model).values():
+        layer.init_adapter(generator)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers with an adapter by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name: what LoRA trains and a checkpoint must keep."""
+    return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2].startswith("lora_")}
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes what its base does: the reference model of DPO, PPO and GRPO, for free."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Parameter ``name`` of ``model`` with its adapter merged in and NF4 dequantised, in ``dtype`` (None: its own).
+
+    The model is not changed. A tensor that needs no work is the model's own: read it, do not write it.
+    """
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(module, LoRALinear) and child == "weight":
+        return module.merged_weight(dtype)
+    parameter = model.get_parameter(name).detach()
+    return parameter.to(dtype or parameter.dtype)
+
+
+def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, ``merged_tensor``) of each parameter that the model had before surgery, one at a time."""
+    adapters = adapter_parameters(model)
+    for name, _ in model.named_parameters():
+        if name not in adapters:
+            yield name, merged_tensor(model, name, dtype)
