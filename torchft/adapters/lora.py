@@ -8,26 +8,28 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_linears
+from torchft.config import Range
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """The ``lora:`` section of a config. A pattern is the last words of a module's name or a regex for all of it."""
 
-    rank: int = 16  # inner width: parameters and capacity grow with it
-    alpha: float = 32.0  # the update is scaled by alpha / rank
+    rank: Annotated[int, Range(min=1)] = 16  # inner width: parameters and capacity grow with it
+    alpha: Annotated[float, Range(above=0)] = 32.0  # the update is scaled by alpha / rank
     targets: str | list[str] = ALL_LINEAR  # pattern(s) of linear layers; all-linear = every one but lm_head
-    dropout: float = 0.0  # share of the adapter's inputs that is zeroed in training
+    dropout: Annotated[float, Range(min=0, below=1)] = 0.0  # share of the adapter's inputs that is zeroed in training
     rslora: bool = False  # scale by alpha / sqrt(rank): higher ranks learn as fast as lower ones
     dora: bool = False  # also train the length of each weight row: often better at low rank, slower
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # pattern -> rank; the first match wins
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # pattern -> alpha; the first match wins
+    rank_pattern: dict[str, Annotated[int, Range(min=1)]] = field(default_factory=dict)  # the first match wins
+    alpha_pattern: dict[str, Annotated[float, Range(above=0)]] = field(default_factory=dict)  # the first match wins
 
 
 class LoRALinear(nn.Linear):
@@ -77,7 +79,7 @@ class LoRALinear(nn.Linear):
             projected = F.linear(dropped, self.weight)
         else:
             projected = out if self.bias is None else out - self.bias
-        scale = self.lora_magnitude / torch.linalg.vector_norm(self._rows(), dim=1)  # [out]; the norm is a constant
+        scale = self.lora_magnitude / _lengths(self._rows())  # [out]; the lengths are a constant to autograd
         return out + (scale - 1).to(x.dtype) * projected + scale.to(x.dtype) * update
 
     @torch.no_grad()
@@ -86,7 +88,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_b)
         if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(torch.linalg.vector_norm(self._rows(), dim=1))
+            self.lora_magnitude.copy_(_lengths(self._rows()))
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -95,7 +97,7 @@ class LoRALinear(nn.Linear):
         """
         rows = self._rows()
         if self.lora_magnitude is not None:
-            rows = rows * (self.lora_magnitude / torch.linalg.vector_norm(rows, dim=1)).unsqueeze(1)
+            rows = rows * (self.lora_magnitude / _lengths(rows)).unsqueeze(1)
         return rows.to(dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -188,3 +190,8 @@ def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator
     for name, _ in model.named_parameters():
         if name not in adapters:
             yield name, merged_tensor(model, name, dtype)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Euclidean length of each row, [out] fp32, never 0, so that a row of zeros stays zero instead of NaN."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(torch.float32).tiny)

@@ -15,11 +15,6 @@ OUTPUT_HEADS = ("lm_head",)
 Number = TypeVar("Number", int, float)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is the last words of a module's name ("q_proj", "mlp.up_proj") or a regex for all of it."""
-    return name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) is not None
-
-
 def find_linears(model: nn.Module, targets: str | Sequence[str], *, key: str) -> dict[str, nn.Linear]:
     """The nn.Linear modules by name that ``targets`` (patterns, or "all-linear") match, in the model's order.
 
@@ -31,8 +26,8 @@ def find_linears(model: nn.Module, targets: str | Sequence[str], *, key: str) ->
     patterns = [targets] if isinstance(targets, str) else targets
     if not patterns:
         raise UserError(f"{key} is empty: name at least one linear layer, or write {ALL_LINEAR}")
-    _check_patterns(patterns, list(linears), key=key)
-    return {name: linear for name, linear in linears.items() if any(matches(p, name) for p in patterns)}
+    regexes = _compile(patterns, list(linears), key=key)
+    return {name: linear for name, linear in linears.items() if any(r.fullmatch(name) for r in regexes)}
 
 
 def by_pattern(names: Iterable[str], values: Mapping[str, Number], *, default: Number, key: str) -> dict[str, Number]:
@@ -41,24 +36,27 @@ def by_pattern(names: Iterable[str], values: Mapping[str, Number], *, default: N
     Raises UserError, naming the YAML ``key``, with every pattern that is no regex or matches none of ``names``.
     """
     names = list(names)
-    _check_patterns(values, names, key=key)
-    return {name: next((v for p, v in values.items() if matches(p, name)), default) for name in names}
+    choices = list(zip(_compile(values, names, key=key), values.values()))
+    return {name: next((value for regex, value in choices if regex.fullmatch(name)), default) for name in names}
 
 
-def _check_patterns(patterns: Iterable[str], names: Sequence[str], *, key: str) -> None:
-    problems = []
+def _compile(patterns: Iterable[str], names: Sequence[str], *, key: str) -> list[re.Pattern[str]]:
+    """A pattern is the last words of a module's name ("q_proj", "mlp.up_proj") or a regex for all of it."""
+    regexes, problems = [], []
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})  # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
     words = {name.rpartition(".")[2] for name in names}
     for pattern in patterns:
         try:
-            found = any(matches(pattern, name) for name in names)
+            regex = re.compile(rf"(?:.*\.)?{re.escape(pattern)}|(?:{pattern})")
         except re.error as e:
-            problems.append(f"{key}: {pattern!r} is not a valid regular expression: {e}")
+            problems.append(f"{key}: {pattern!r} is not a valid regular expression: {e.msg}")
             continue
-        if not found:
+        if not any(regex.fullmatch(name) for name in names):
             problems.append(
                 f"{key}: {pattern!r} matches no linear layer{nearest(pattern, words)}; give the last words of a name "
                 f"or a regex for the whole name. There are: {', '.join(kinds) or 'none'}"
             )
+        regexes.append(regex)
     if problems:
         raise UserError(*problems)
+    return regexes

@@ -1,0 +1,43 @@
+"""Which base an adapter belongs to: digests that travel with it, so that it is not put on another, or merged twice."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from torchft.adapters.lora import lora_layers
+
+NUM_SAMPLES = 1024  # values of each tensor that go into a digest
+MEANING = {
+    "torchft.base": "its embedding and norms are another model's",
+    "torchft.linears": "its linear layers are another model's, or this adapter is merged into them already",
+}
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Digests of the base: of what is never quantised nor adapted, and of the adapted weights unless they are NF4."""
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    base = {n: p for n, p in model.named_parameters() if n not in linears and ".lora_" not in n}
+    adapted = {name: layer.weight for name, layer in lora_layers(model).items()}
+    digests = {"torchft.base": _digest(base)}
+    if all(type(weight) is nn.Parameter for weight in adapted.values()):
+        digests["torchft.linears"] = _digest(adapted)
+    return digests
+
+
+def differences(stored: Mapping[str, str], model: nn.Module) -> Iterator[str]:
+    """What speaks against ``model`` being the base that ``stored`` was made of. One without a twin says nothing."""
+    for kind, digest in fingerprints(model).items():
+        if stored.get(kind, digest) != digest:
+            yield f"the adapter was trained on another base than this model: {MEANING[kind]}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and some values of each tensor; the same for an fp32 and a bf16 copy of a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // NUM_SAMPLES)]
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(bytes(sample.to("cpu", torch.bfloat16).view(torch.uint8).tolist()))
+    return digest.hexdigest()
