@@ -38,17 +38,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError with path, line and column when missing, too large or not an object."""
     try:
         size = path.stat().st_size
-        if size > JSON_LIMIT:
-            raise UserError(f"{path}: {size >> 20} MiB is too large for a JSON file (limit {JSON_LIMIT >> 20} MiB)")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes() if size <= JSON_LIMIT else b""
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    if size > JSON_LIMIT:
+        raise UserError(f"{path}: {size >> 20} MiB is too large for a JSON file (limit {JSON_LIMIT >> 20} MiB)")
+    hint = f". The file is {kind}" if (kind := what_is(data)) else ""
+    try:
+        value = json.loads(data.decode())
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}:{e.colno}: not valid JSON: {e.msg}{_looks_like(path)}") from None
+        raise UserError(f"{path}:{e.lineno}:{e.colno}: not valid JSON: {e.msg}{hint}") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {e.start}{_looks_like(path)}") from None
+        raise UserError(f"{path}: not UTF-8 at byte {e.start}{hint}") from None
+    except (RecursionError, ValueError) as e:  # nested too deep, a number of thousands of digits
+        raise UserError(f"{path}: not usable JSON: {e}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -80,7 +85,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             _fsync(path)
         _fsync(new)
         if folder.exists():
-            os.replace(folder, old)
+            os.replace(folder, old)  # two renames: a kill between them leaves the older one whole under this name
         os.replace(new, folder)
         _fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -112,9 +117,3 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _looks_like(path: Path) -> str:
-    with open(path, "rb") as f:
-        kind = what_is(f.read(200))
-    return f". The file is {kind}" if kind else ""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchft.errors import UserError
 from torchft.files import new_folder
-from torchft.weights import WeightFiles, write_shards
+from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
 
 # Files of a checkpoint that describe it besides weights, config.json and the tokenizer; copied on export.
 SIDE_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
@@ -108,12 +108,17 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write ``model`` as a Hub folder (config.json and safetensors), whole or not at all; an existing one is replaced.
 
-    ``dtype``: of the floating tensors (None = as they are). ``tensors``: our full parameters by name when they are not
-    the model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype.
+    ``dtype``: of the stored tensors (None = as they are). ``tensors``: our full parameters by name when they are not the
+    model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype. Raises UserError rather
+    than replace a folder that holds something else.
     """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a checkpoint: it would be lost; give another path or delete it")
     hub, params = hub_format(model), dict(base_parameters(model) if tensors is None else tensors)
     plan: dict[str, list[tuple[str, int | None]]] = {}  # Hub name -> our names (and expert), in row order
     for piece in sorted(pieces(params, hub.names), key=lambda p: p.rows.start or 0):
@@ -134,8 +139,8 @@ def save(
 
     sizes = {hub_name: sum(num_bytes(*p) for p in parts) for hub_name, parts in plan.items()}
     stored = dtype or next(iter(params.values())).dtype
-    with new_folder(Path(folder)) as new:
-        write_shards(new, sizes, whole)
+    with new_folder(folder) as new:
+        write_shards(new, sizes, whole, shard_bytes=shard_bytes)
         config = {k: v for k, v in hub.config_json.items() if k not in ("torch_dtype", "dtype")}
         config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored).removeprefix("torch.")
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -166,9 +171,9 @@ def _check_names(files: WeightFiles, params: Mapping[str, Tensor], plan: list[Pi
                 want[hub] = shape
     have = {n for n in files.names() if not re.search(names.ignored, n)}
     problems = []
-    if tied := sorted(have - set(want) & {"lm_head.weight"} & have):
-        problems += _tied_head(files, tied[0], want)
-        have -= set(tied)
+    if "lm_head.weight" in have - set(want):
+        problems += _tied_head(files, "lm_head.weight", want)
+        have.remove("lm_head.weight")
     if missing := sorted(set(want) - have):
         problems.append(f"lacks {len(missing)} of {len(want)} tensors: {_some(missing)}")
     if extra := sorted(have - set(want)):
@@ -176,10 +181,14 @@ def _check_names(files: WeightFiles, params: Mapping[str, Tensor], plan: list[Pi
     for name in sorted(set(want) & have):
         if (got := files.shape(name)) != tuple(want[name]):
             problems.append(f"{name} has shape {list(got)}, but config.json asks for {want[name]}")
+        elif (dtype := files.dtype(name)) not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} is stored as {dtype}, which cannot be trained: take the original checkpoint")
     if problems:
-        more = [f"... and {len(problems) - 10} more tensors of wrong shape"] if len(problems) > 10 else []
-        why = "config.json and the weights are of different models, or a file is missing; download the folder again"
-        raise UserError(*(f"{files.folder}: {p}" for p in problems[:10] + more), why)
+        shown = [f"{files.folder}: {p}" for p in problems[:10]]
+        if len(problems) > 10:
+            shown.append(f"... and {len(problems) - 10} more such tensors")
+        shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
+        raise UserError(*shown)
 
 
 def _tied_head(files: WeightFiles, head: str, want: Mapping[str, Any]) -> list[str]:

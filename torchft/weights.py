@@ -24,19 +24,20 @@ class WeightFiles:
         self.folder = folder
         self._where: dict[str, Any] = {}  # tensor name -> open file
         problems: list[str] = []
-        index: dict[str, str] = {}
-        if (folder / INDEX).exists():
-            index = read_json(folder / INDEX).get("weight_map", {})
-            if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
-                raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-        files = {safe_join(folder, name) for name in index.values()} if index else _unindexed(folder)
-        for file in sorted(files):
+        index = _index(folder) if (folder / INDEX).exists() else {}
+        for file in sorted(set(index.values()) or _unindexed(folder)):
             try:
                 opened = open_safetensors(file)
             except UserError as e:
                 problems += e.problems
                 continue
-            self._where |= dict.fromkeys(opened.keys(), opened)
+            names = [n for n in opened.keys() if index.get(n, file) == file]  # noqa: SIM118
+            if twice := [n for n in names if n in self._where]:
+                problems.append(
+                    f"{file} repeats {len(twice)} tensors of another file, such as {twice[:3]}: "
+                    "the folder mixes two checkpoints; download it into an empty one"
+                )
+            self._where |= dict.fromkeys(names, opened)
         if not problems and (absent := sorted(set(index) - set(self._where))):
             problems.append(
                 f"{folder / INDEX} lists {len(absent)} tensors that no file holds, such as {absent[:3]}: "
@@ -54,6 +55,10 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As the file spells it: BF16, F32, I8 ..."""
+        return self._where[name].get_slice(name).get_dtype()
+
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of one tensor, on the CPU in its own dtype; only they are read from disk."""
         return self._where[name].get_tensor(name) if rows == slice(None) else self._where[name].get_slice(name)[rows]
@@ -65,7 +70,9 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path} is missing: the download is incomplete; run `tune download` again")
     try:
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
+    except SafetensorError as e:
         with open(path, "rb") as f:
             kind = what_is(f.read(200))
         why = f"it is {kind}" if kind else f"{e}; the file is damaged or incomplete: download it again"
@@ -73,15 +80,15 @@ def open_safetensors(path: Path) -> Any:
 
 
 def write_shards(
-    folder: Path, shapes: Mapping[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: int = SHARD_BYTES
+    folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index; ``shapes`` gives each name's bytes, in order.
+    """Write ``model.safetensors``, or numbered shards and their index; ``sizes`` gives each name's bytes, in order.
 
     ``tensor(name)`` is called when its shard is written, so that one shard at a time is in memory.
     """
     shards: list[list[str]] = [[]]
     size = 0
-    for name, num_bytes in shapes.items():
+    for name, num_bytes in sizes.items():
         if shards[-1] and size + num_bytes > shard_bytes:
             shards.append([])
             size = 0
@@ -93,8 +100,17 @@ def write_shards(
         save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(shapes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Which file of ``folder`` holds each tensor, as the index says."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must map tensor names to file names; download the file again")
+    files = {name: safe_join(folder, name) for name in set(weight_map.values())}
+    return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
 def _unindexed(folder: Path) -> set[Path]:

@@ -16,8 +16,10 @@ def generate(
     """The most likely continuation of each prompt, without the stop token that ended it.
 
     Prompts are padded on the right and may differ in length. ``max_new_tokens`` bounds each answer; the model's mode
-    (train or eval) is left as it is found.
+    (train or eval) is left as it is found. Raises ValueError for an empty prompt.
     """
+    if not all(prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: give it at least a BOS token")
     config, embedding = model.config, model.embed_tokens.weight
     device, dtype = embedding.device, embedding.dtype
     lengths = torch.tensor([len(p) for p in prompts], device=device)

@@ -40,11 +40,6 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
         json = name_or_config_json
         family = _family(json)
         config = family.from_hub(json)
-        if config.num_heads % config.num_kv_heads:
-            raise UserError(
-                f"config.json: num_attention_heads ({config.num_heads}) is not a multiple of "
-                f"num_key_value_heads ({config.num_kv_heads})"
-            )
     with torch.device(device):
         model: Decoder = family.build(config)
     model.hub_format = HubFormat(family.HUB, json)
@@ -52,7 +47,7 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
 
 
 def config_json(folder: Path) -> dict[str, Any]:
-    """A checkpoint folder's config.json. Raises UserError when there is none or it is of quantised weights."""
+    """A checkpoint folder's config.json. UserError when it is missing, of quantised weights or no model of ours."""
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
     json = read_json(folder / "config.json")
@@ -62,6 +57,10 @@ def config_json(folder: Path) -> dict[str, Any]:
             f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
             "checkpoint, and `nf4` or `fp8` in the config to train on a quantised base"
         )
+    try:
+        _family(json).from_hub(json)
+    except UserError as e:
+        raise UserError(*(f"{folder}/{problem}" for problem in e.problems)) from None  # each begins with "config.json"
     return json
 
 
@@ -74,10 +73,12 @@ def _released(name: str) -> tuple[ModuleType, Any]:
 
 
 def _family(json: dict[str, Any]) -> ModuleType:
-    names = json.get("architectures") or []
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        hint = nearest(str(names[0]), ARCHITECTURES) if names else ""
-        raise UserError(
-            f"config.json: architectures is {names}{hint}; torchft trains {', '.join(sorted(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[names[0]]
+    match json.get("architectures"):
+        case [str(name)] if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+        case [str(name)]:
+            hint = nearest(name, ARCHITECTURES)
+        case _:
+            hint = ""
+    known = ", ".join(sorted(ARCHITECTURES))
+    raise UserError(f"config.json: architectures is {json.get('architectures')}{hint}; torchft trains {known}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchft.hub import HubNames
-from torchft.models.config_json import field, one_of, rope_from_hub, rope_to_hub
+from torchft.models.config_json import field, heads, one_of, rope_from_hub, rope_to_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.mlp import GatedMLP
@@ -74,19 +74,18 @@ def build(c: LlamaConfig) -> Decoder:
 def from_hub(json: dict[str, Any]) -> LlamaConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Llama does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
-    dim, num_heads = field(json, "hidden_size", int), field(json, "num_attention_heads", int)
-    max_seq_len = field(json, "max_position_embeddings", int, default=2048)
+    num_heads, num_kv_heads, head_dim = heads(json)
     return LlamaConfig(
         vocab_size=field(json, "vocab_size", int),
-        dim=dim,
+        dim=field(json, "hidden_size", int),
         num_layers=field(json, "num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=field(json, "num_key_value_heads", int, default=num_heads),
-        head_dim=field(json, "head_dim", int, default=dim // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         hidden_dim=field(json, "intermediate_size", int),
-        max_seq_len=max_seq_len,
+        max_seq_len=field(json, "max_position_embeddings", int, default=2048),
         norm_eps=field(json, "rms_norm_eps", float, default=1e-6),
-        rope=rope_from_hub(json, max_seq_len),
+        rope=rope_from_hub(json),
         tie_embeddings=field(json, "tie_word_embeddings", bool, default=False),
         attention_bias=field(json, "attention_bias", bool, default=False),
         mlp_bias=field(json, "mlp_bias", bool, default=False),
