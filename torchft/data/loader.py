@@ -1,0 +1,175 @@
+"""Samples -> batches: shuffled, packed or padded, resumable at every batch.
+
+No torchdata loader and no worker processes here: samples are tokenised before training, so a batch is a copy of a few
+slices. 8 packed rows of 2048 take TIMING on one core, against hundreds on a device, and the state is three
+integers instead of the state of workers. Streams and mixtures, where work remains per batch, are another matter.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.data.packing import pack
+from torchft.data.samples import Samples
+from torchft.errors import UserError
+from torchft.losses.likelihood import IGNORE
+
+PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """b rows of s tokens. In packed rows ``positions`` restart at 0 with each sample and with the final padding."""
+
+    tokens: Tensor  # [b, s] int64
+    labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
+    positions: Tensor | None  # [b, s] int64; None: every row is one sample from 0, padded at its end
+    num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
+    samples: tuple[int, ...]  # which samples are in it, to name a batch that breaks training
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on ``device``."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device), positions=positions)
+
+
+class Loader:
+    """Batches of one epoch after another.
+
+    The order of an epoch depends on (seed, epoch) alone; the global random state is neither read nor changed.
+    ``for batch in loader`` gives what is left of the current epoch, `take` one accumulation window. Both move the
+    position that `state_dict` saves; once the last batch is out, it is the beginning of the next epoch.
+
+    Args:
+        packed: rows are packs of samples, exactly ``samples.seq_len`` long; else a row is one sample.
+        pad_to: tokens per unpacked row (torch.compile wants one shape); None pads to the longest sample of the batch.
+        drop_last: leave out an epoch's last batch if it has fewer than ``batch_size`` rows.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        seed: int,
+        packed: bool = False,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        pad_to: int | None = None,
+    ) -> None:
+        longest = max(samples.lengths(), default=0)
+        if pad_to is not None and pad_to < longest:
+            raise UserError(f"pad_to {pad_to} is less than the longest sample, {longest} tokens")
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.packed, self.shuffle, self.pad_to = packed, shuffle, pad_to
+        self.epoch = 0  # of the next batch
+        self.num_rows = len(samples)  # of an epoch, the same in every epoch
+        self._next_row = 0  # of the next batch
+        self._rows: list[list[int]] | None = None  # the current epoch's rows, made when its first batch is asked for
+        if packed:
+            self._rows = self._epoch_rows()
+            self.num_rows = len(self._rows)
+        self._used_rows = self.num_rows // batch_size * batch_size if drop_last else self.num_rows
+        if not self._used_rows:
+            raise UserError(f"the dataset gives {self.num_rows} rows, not enough for one batch of {batch_size}")
+        self._tokens = torch.frombuffer(samples.tokens, dtype=torch.int32)  # [t], a view
+        self._labels = torch.frombuffer(samples.labels, dtype=torch.int32)  # [t], a view
+        self._fingerprint = samples.fingerprint()
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same in every epoch."""
+        return -(-self._used_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            self._rows = self._rows or self._epoch_rows()
+            rows = self._rows[self._next_row : min(self._next_row + self.batch_size, self._used_rows)]
+            self._next_row += len(rows)
+            if self._next_row == self._used_rows:
+                self.epoch, self._next_row, self._rows = epoch + 1, 0, None
+            yield self._collate(rows)
+
+    def take(self, num_batches: int) -> list[Batch]:
+        """The next ``num_batches`` batches; fewer, never none, where the epoch ends: no window spans two epochs."""
+        return list(islice(self, num_batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what must not change for it to mean the same: JSON values only."""
+        return {"epoch": self.epoch, "next_row": self._next_row} | self._identity()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position, bit-exact. UserError that lists every difference if the order has changed.
+
+        ``batch_size`` may change: the position counts rows.
+        """
+        differences = [
+            f"{key} was {state.get(key)!r}, now {value!r}"
+            for key, value in self._identity().items()
+            if state.get(key) != value
+        ]
+        if differences:
+            why = "the saved position would point at other samples"
+            ways = "restore the data and settings (fingerprint covers files, tokenizer, template), or start a new run"
+            raise UserError(f"cannot resume the data loader: {'; '.join(differences)}. {why.capitalize()}; {ways}")
+        self.epoch, self._next_row, self._rows = state["epoch"], state["next_row"], None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint,
+            "num_samples": len(self.samples),
+            "seq_len": self.samples.seq_len,
+            "seed": self.seed,
+            "packed": self.packed,
+            "shuffle": self.shuffle,
+        }
+
+    def _epoch_rows(self) -> list[list[int]]:
+        """This epoch's rows of sample indices, by (seed, epoch) alone."""
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch if self.shuffle else 0}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        if self.packed:
+            return pack(self.samples.lengths(), self.samples.seq_len, generator=generator)
+        if not self.shuffle:
+            return [[i] for i in range(len(self.samples))]
+        return [[i] for i in torch.randperm(len(self.samples), generator=generator).tolist()]
+
+    def _collate(self, rows: list[list[int]]) -> Batch:
+        starts = self.samples.starts
+        b, s = len(rows), self._row_length(rows)
+        tokens = torch.full((b, s), self.samples.pad_id)
+        labels = torch.full((b, s), IGNORE)
+        positions = torch.empty(b, s, dtype=torch.int64) if self.packed else None
+        count = torch.arange(s)
+        for r, row in enumerate(rows):
+            at = 0
+            for sample in row:
+                start, stop = starts[sample], starts[sample + 1]
+                n = stop - start
+                tokens[r, at : at + n] = self._tokens[start:stop]
+                labels[r, at : at + n] = self._labels[start:stop]
+                if positions is not None:
+                    positions[r, at : at + n] = count[:n]
+                at += n
+            if positions is not None:
+                positions[r, at:] = count[: s - at]  # the padding is a document of its own
+        return Batch(
+            tokens=tokens,
+            labels=labels,
+            positions=positions,
+            num_supervised=int((labels != IGNORE).sum()),
+            samples=tuple(sample for row in rows for sample in row),
+        )
+
+    def _row_length(self, rows: list[list[int]]) -> int:
+        if self.packed:
+            return self.samples.seq_len
+        if self.pad_to is not None:
+            return self.pad_to
+        longest = max(self.samples.starts[i + 1] - self.samples.starts[i] for (i,) in rows)
+        return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.samples.seq_len)

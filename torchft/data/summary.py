@@ -1,0 +1,91 @@
+"""What a data set holds, for the first panel, and the reasons to refuse it before a run starts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from torchft.data.samples import Samples
+from torchft.errors import UserError
+from torchft.losses.likelihood import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Counts of one data set. Tokens are tokens of the samples, without padding."""
+
+    rows: int
+    samples: int
+    tokens: int
+    supervised: int  # tokens that are trained
+    longest: int  # tokens of the longest row, before it was cut
+    seq_len: int
+    truncated: int  # rows that lost their end at seq_len
+    split: int  # rows that became several samples
+    dropped: dict[str, int]  # reason -> rows
+    control_text: int  # rows whose text spells a control token; it was encoded as plain text
+    max_id: int  # highest token id
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens / tokens."""
+        return self.supervised / self.tokens if self.tokens else 0.0
+
+    def lines(self) -> list[str]:
+        """A few lines for people."""
+        out = [
+            f"{self.rows:,} rows -> {self.samples:,} samples, {self.tokens:,} tokens",
+            f"{self.supervised:,} tokens supervised ({self.supervised_share:.1%})",
+            f"longest row {self.longest:,} tokens (seq_len {self.seq_len:,})",
+        ]
+        if self.truncated:
+            out.append(f"{self.truncated:,} rows truncated to seq_len ({self.truncated / self.rows:.1%})")
+        if self.split:
+            out.append(f"{self.split:,} rows cut into pieces of seq_len ({self.split / self.rows:.1%})")
+        out += [f"{n:,} rows dropped ({n / self.rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
+        if self.control_text:
+            out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
+        return out
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def check(self, *, vocab_size: int, num_rows: int, batch_size: int) -> None:
+        """UserError with every reason not to train on this.
+
+        Args:
+            vocab_size: rows of the model's embedding.
+            num_rows: rows of a batch that one epoch has: samples, or packed rows.
+        """
+        problems = []
+        if not self.supervised:
+            why = "; ".join(f"{n:,} rows {reason}" for reason, n in self.dropped.items()) or "every row is empty"
+            problems.append(f"nothing to train on: none of {self.rows:,} rows has a supervised token ({why})")
+        elif num_rows < batch_size:
+            ways = "lower batch_size, add data" + (", or set packed: false" if num_rows < self.samples else "")
+            problems.append(f"batch_size {batch_size} is more than the {num_rows} rows of an epoch; {ways}")
+        if self.max_id >= vocab_size:
+            problems.append(
+                f"token id {self.max_id} is outside the model's {vocab_size} embedding rows: "
+                "tokenizer and weights do not belong together; use one checkpoint's own files"
+            )
+        if problems:
+            raise UserError(*(f"dataset: {p}" for p in problems))
+
+
+def summarise(samples: Samples) -> Summary:
+    """Count what ``samples`` holds."""
+    counts = samples.counts
+    labels, tokens = samples.labels, samples.tokens
+    return Summary(
+        rows=counts.rows,
+        samples=len(samples),
+        tokens=len(tokens),
+        supervised=int((torch.frombuffer(labels, dtype=torch.int32) != IGNORE).sum()) if labels else 0,
+        longest=counts.longest,
+        seq_len=samples.seq_len,
+        truncated=counts.truncated,
+        split=counts.split,
+        dropped=dict(counts.dropped),
+        control_text=counts.control_text,
+        max_id=int(torch.frombuffer(tokens, dtype=torch.int32).max()) if tokens else -1,
+    )
