@@ -1,0 +1,54 @@
+"""``tune validate``: check a config fully. Loads no weights and imports none of the user's code."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torchft import registry
+from torchft.cli import shipped
+from torchft.cli.arguments import Parser
+from torchft.cli.run import find
+from torchft.config import Component
+from torchft.config_load import load
+from torchft.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    """``tune validate [RECIPE] --config CONFIG [key=value ...]``"""
+    parser = Parser("validate", "Check a config: names, types, ranges, conflicts, the arguments of its components.")
+    parser.add_argument("--config", metavar="CONFIG", required=True, help="name (`tune ls`) or YAML file")
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", default=[], help="accept names of this package "
+                        "(without importing it, so unchecked)")  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="recipe, if the config does not say it")
+    given = parser.parse(arguments)
+    file = shipped.find_config(given.config)
+    has_name = bool(given.words) and "=" not in given.words[0] and not given.words[0].startswith("~")
+    name = given.words[0] if has_name else shipped.recipe_of(file)
+    if name is None:
+        raise UserError(f"{file} has no 'recipe: NAME' line; name the recipe: tune validate RECIPE --config ...")
+    recipe = next((known for known, path in shipped.recipes().items() if path == find(name)[0]), None)
+    if recipe is None:
+        raise UserError(
+            f"{name} is your own code, and validate imports none; `tune run` checks its config first of all"
+        )
+    for package in given.trust:
+        registry.trust(package)
+    module = shipped.load_recipe(recipe)
+    config = load(
+        vars(module)["Config"], recipe=recipe, file=file, overrides=given.words[has_name:], import_trusted=False
+    )
+    components = sorted({component.name for component in _components(config)})
+    foreign = [component for component in components if registry.is_trusted(component)]
+    checked = [component for component in components if component not in foreign]
+    unchecked = f"; not checked (user code): {', '.join(foreign)}" if foreign else ""
+    print(f"{given.config} is valid for {recipe}; {len(fields(config))} keys; checked {', '.join(checked)}{unchecked}")
+
+
+def _components(value: Any) -> Iterator[Component]:
+    if isinstance(value, Component):
+        yield value
+        value = value.args
+    elif is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _components(item)
