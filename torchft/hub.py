@@ -112,9 +112,9 @@ def save(
 ) -> None:
     """Write ``model`` as a Hub folder (config.json and safetensors), whole or not at all; an existing one is replaced.
 
-    ``dtype``: of the stored tensors (None = as they are). ``tensors``: our full parameters by name when they are not the
-    model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype. Raises UserError rather
-    than replace a folder that holds something else.
+    ``dtype``: of the stored tensors (None = as they are). ``tensors``: our full parameters by name when they are not
+    the model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype. Raises UserError
+    rather than replace a folder that holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):

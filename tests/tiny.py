@@ -1,0 +1,55 @@
+"""Tiny random checkpoints in the Hub's format, made by transformers."""
+
+import json
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
+}
+
+
+def rope(kind="default", base=10_000.0, **more):
+    return {"rope_type": kind, "rope_theta": base, **more}
+
+
+# Scaled from 64 positions on, so that 100 tokens see kept, blended and stretched waves.
+LLAMA3_ROPE = rope(
+    "llama3", 500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+
+
+def llama(*, dtype=torch.float32, std=0.2, **changes):
+    """transformers' Llama with random weights, large enough that a mistake shows in every logit."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes), attn_implementation="eager"))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=std)
+    return model.to(dtype).eval()
+
+
+def checkpoint(folder, *, max_shard_size="5GB", **changes):
+    """Save a random Llama in ``folder``; returns transformers' model."""
+    model = llama(**changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def edit_config(folder, *remove, **changes):
+    """Change fields of a folder's config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
+
+
+def tokens(rows=2, length=100, vocab_size=101, seed=0):
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
