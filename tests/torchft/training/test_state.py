@@ -1,0 +1,139 @@
+"""Model and optimizer state by parameter name: training continued from a checkpoint is bit-equal to training on."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torchao.optim import AdamW8bit
+
+from torchft.errors import UserError
+from torchft.training.checkpoint import latest, save
+from torchft.training.optim import MuonWithAdamW, adamw, param_groups
+from torchft.training.schedules import attach, cosine
+from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+
+
+@pytest.fixture(autouse=True)
+def _no_compile(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao's optimizers compile each shape: 20 s on a CPU
+
+
+def model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    m = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64, bias=False)).to(dtype)
+    m[1].bias.requires_grad_(False)
+    return m
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups: adamw(groups, lr=0.01),
+    "unfused": lambda groups: torch.optim.AdamW(groups, lr=0.01, amsgrad=True, foreach=True),
+    "muon": lambda groups: MuonWithAdamW(groups, lr=0.01),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),
+    "adamw8bit": lambda groups: AdamW8bit(groups, lr=0.01),
+}
+
+
+def train(m, optimizer, schedule, steps):
+    for step in steps:
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(m[0].weight.dtype)
+        m(x).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resumed_training_is_bit_equal(tmp_path, name, dtype):
+    factor = cosine(total_steps=8, warmup_steps=2)
+    whole = model(dtype)
+    optimizer = OPTIMIZERS[name](param_groups(whole))
+    schedule = attach(optimizer, factor)
+    train(whole, optimizer, schedule, range(4))
+    save(tmp_path, 4, {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer)}, run_id="r")
+    train(whole, optimizer, schedule, range(4, 8))
+
+    resumed = model(dtype, seed=1)
+    with torch.no_grad():
+        resumed[1].bias.copy_(whole[1].bias)
+    again = OPTIMIZERS[name](param_groups(resumed))
+    saved = latest(tmp_path, "r")
+    load_parameters(saved.open("model"), trainable(resumed))
+    load_optimizer(saved.read("optimizer"), resumed, again)
+    schedule = attach(again, factor, step=saved.number)
+    train(resumed, again, schedule, range(4, 8))
+    for (n, p), q in zip(whole.named_parameters(), resumed.named_parameters()):
+        assert torch.equal(p, q[1]), n
+
+
+def test_hyperparameters_can_stay_as_configured():
+    a = model()
+    tree = optimizer_tree(a, adamw(param_groups(a), lr=0.01))
+    kept, restored = adamw(param_groups(a), lr=0.5), adamw(param_groups(a), lr=0.5)
+    load_optimizer(tree, a, kept, hyperparameters=False)
+    load_optimizer(tree, a, restored)
+    assert kept.param_groups[0]["lr"] == 0.5 and restored.param_groups[0]["lr"] == 0.01
+
+
+def test_fp32_state_of_bf16_parameters_is_not_rounded():
+    m = model(torch.bfloat16)
+    optimizer = adamw(param_groups(m))
+    state = {n: {"exp_avg": torch.full_like(p, 0.1, dtype=torch.float32)} for n, p in trainable(m).items()}
+    load_optimizer({**optimizer_tree(m, optimizer), "state": state}, m, optimizer)
+    assert optimizer.state[m[0].weight]["exp_avg"].dtype == torch.float32
+
+
+def test_other_optimizer_groups_are_refused():
+    a = model()
+    tree = optimizer_tree(a, adamw(param_groups(a)))
+    with pytest.raises(UserError, match="other groups"):
+        load_optimizer(tree, a, adamw([{"params": list(trainable(a).values())}]))
+
+
+def test_k13_k14_k15_all_differences_and_nothing_copied(tmp_path):
+    a = {"same": torch.ones(2), "shape": torch.ones(3), "dtype": torch.ones(1), "gone": torch.ones(1)}
+    b = {"same": torch.zeros(2), "shape": torch.zeros(4), "dtype": torch.zeros(1).bfloat16(), "new": torch.zeros(1)}
+    save(tmp_path, 1, {"model": a}, run_id="r")
+    with pytest.raises(UserError) as e:
+        load_parameters(latest(tmp_path, "r").open("model"), b)
+    text = str(e.value)
+    for part in (
+        "lacks 1 parameters: new",
+        "1 parameters: gone",
+        "shape is [3]",
+        "is [4]",
+        "the model's is [1] torch.bfloat16",
+    ):
+        assert part in text
+    assert not b["same"].any()  # K22: no half-loaded model
+
+
+def test_k18_fingerprint_follows_the_contents(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(bytes(3_000_000))
+    original = base_fingerprint(base)
+    os.symlink(base, tmp_path / "link")
+    shutil.copytree(base, tmp_path / "copy")
+    assert base_fingerprint(tmp_path / "link") == base_fingerprint(tmp_path / "copy") == original
+
+    for damage in ("every 100th byte", "last byte", "longer", "config"):
+        shutil.copytree(base, tmp_path / "other")
+        data = bytearray((base / "model.safetensors").read_bytes())
+        if damage == "every 100th byte":
+            data[::100] = b"\1" * len(data[::100])
+        if damage == "last byte":
+            data[-1] = 1
+        if damage == "longer":
+            data.append(0)
+        (tmp_path / "other" / "model.safetensors").write_bytes(data)
+        if damage == "config":
+            (tmp_path / "other" / "config.json").write_text('{"rope_theta": 1}')
+        assert base_fingerprint(tmp_path / "other") != original, damage
+        shutil.rmtree(tmp_path / "other")

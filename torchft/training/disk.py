@@ -1,0 +1,37 @@
+"""Room on the disk, and making sure that written files are on it."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from torchft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def check_space(output_dir: Path, checkpoint_bytes: int, *, copies: int) -> None:
+    """Call before training. UserError if not even one checkpoint fits; a warning if ``copies`` of them don't."""
+    have = shutil.disk_usage(output_dir).free
+    if have < checkpoint_bytes:
+        raise UserError(space_message("a checkpoint does not fit", checkpoint_bytes, output_dir))
+    if have < copies * checkpoint_bytes:
+        log.warning(space_message(f"{copies} checkpoints may not fit", copies * checkpoint_bytes, output_dir))
+
+
+def space_message(what: str, need: int, path: Path) -> str:
+    """ "what: need X GiB, have Y GiB at path", and the way out; ``need`` in bytes."""
+    have = shutil.disk_usage(path).free
+    return (
+        f"{what}: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g} GiB at {path}. "
+        "Free some space, lower keep_last, or choose an output_dir on another disk"
+    )
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,100 @@
+"""What a checkpoint holds of a model and its optimizer, by parameter name; and the fingerprint of a frozen base."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchft.errors import UserError
+from torchft.training.shards import TensorFolder
+
+BLOCK = 64 << 10  # bytes
+BLOCKS = 16  # of each weight file
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes. The frozen rest comes from ``checkpoint_dir``; no checkpoint holds it."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_parameters(saved: TensorFolder, parameters: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into ``parameters``. UserError, before any copy, if a name, shape or dtype differs."""
+    problems = []
+    for what, names in (
+        ("lacks", parameters.keys() - saved.entries.keys()),
+        ("holds, unknown to this model,", saved.entries.keys() - parameters.keys()),
+    ):
+        if names:
+            problems.append(f"{saved.folder} {what} {len(names)} parameters: {', '.join(sorted(names)[:10])}")
+    for name in sorted(parameters.keys() & saved.entries.keys()):
+        want, have = parameters[name], saved
+        if tuple(want.shape) != have.shape(name) or want.dtype != have.dtype(name):
+            problems.append(
+                f"{saved.folder}: {name} is {list(have.shape(name))} {have.dtype(name)}, "
+                f"the model's is {list(want.shape)} {want.dtype}"
+            )
+    if problems:
+        raise UserError(*problems[:10], "this checkpoint is of another model: resume with the config it was made with")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved.read(name))
+
+
+def optimizer_tree(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """``{"state": {parameter name: its state}, "groups": [hyperparameters and parameter names]}``."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    groups = [
+        {k: v for k, v in group.items() if k != "param_names"} | {"params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": {names[p]: dict(state) for p, state in optimizer.state.items()}, "groups": groups}
+
+
+def load_optimizer(
+    tree: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, hyperparameters: bool = True
+) -> None:
+    """Restores an ``optimizer_tree``. ``hyperparameters=False`` keeps the groups' settings (lr ...) as configured now.
+
+    Sets the state directly, because Optimizer.load_state_dict would cast fp32 states of bf16 parameters to bf16.
+    """
+    parameters = dict(model.named_parameters())
+    names = {p: name for name, p in parameters.items()}
+    if [g["params"] for g in tree["groups"]] != [[names[p] for p in g["params"]] for g in optimizer.param_groups]:
+        raise UserError("the checkpoint's optimizer had other groups of parameters: resume with the same optimizer")
+    for group, saved in zip(optimizer.param_groups, tree["groups"], strict=True):
+        for key, value in saved.items() if hyperparameters else ():
+            if key == "params":
+                continue
+            if isinstance(group.get(key), Tensor):  # torchao's optimizers keep lr in a tensor that they have captured
+                group[key].copy_(torch.as_tensor(value))
+            else:
+                group[key] = value
+        for name in saved["params"]:
+            if name not in tree["state"]:
+                continue
+            device = parameters[name].device
+            step_device = device if group.get("fused") or group.get("capturable") else "cpu"  # torch.optim's own rule
+            optimizer.state[parameters[name]] = {
+                key: value.to(step_device if key == "step" else device) if isinstance(value, Tensor) else value
+                for key, value in tree["state"][name].items()
+            }
+
+
+def base_fingerprint(checkpoint_dir: Path) -> str:
+    """Hex digest of a Hub folder's config and weights: each weight file's size and 16 blocks spread over it.
+
+    Reads about 1 MiB of each file, and any real change of the weights touches a block. Same for links and copies.
+    """
+    digest = hashlib.sha256((checkpoint_dir / "config.json").read_bytes())
+    for file in sorted(checkpoint_dir.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as f:
+            for i in range(BLOCKS):
+                f.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
+                digest.update(f.read(BLOCK))
+    return digest.hexdigest()
