@@ -1,0 +1,100 @@
+"""config.json as data: both spellings of RoPE, defaults, and one clear error for each thing that can be wrong."""
+
+import pytest
+import torch
+from tiny import LLAMA3_ROPE, SIZES, edit_config, llama, rope, tokens
+from transformers import LlamaConfig
+
+from torchft import models
+from torchft.errors import UserError
+from torchft.models import llama3
+from torchft.modules.rope import LinearRope, Llama3Rope, Rope
+
+GOOD = {k: v for k, v in SIZES.items() if k != "eos_token_id"} | {"architectures": ["LlamaForCausalLM"]}
+SCALING = {k: v for k, v in LLAMA3_ROPE.items() if k not in ("rope_theta", "rope_type")}
+SCALED = Llama3Rope(base=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [
+        ({}, Rope(base=10_000.0)),
+        ({"rope_theta": 500_000}, Rope(base=500_000.0)),
+        ({"rope_theta": 500_000.0, "rope_scaling": None}, Rope(base=500_000.0)),
+        ({"rope_parameters": rope(base=500_000.0)}, Rope(base=500_000.0)),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}}, Rope(base=500_000.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, LinearRope(base=10_000.0, factor=4.0)),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, LinearRope(base=10_000.0, factor=4.0)),
+        ({"rope_parameters": rope("linear", factor=4.0)}, LinearRope(base=10_000.0, factor=4.0)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}}, SCALED),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}}, SCALED),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", **SCALING}}, SCALED),
+        ({"rope_parameters": LLAMA3_ROPE}, SCALED),
+    ],
+)
+def test_rope_spellings_of_transformers_4_and_5(spelling, expected):
+    assert llama3.from_hub(GOOD | spelling).rope == expected
+    theirs = llama(**{k: v for k, v in LlamaConfig.from_dict(GOOD | spelling).to_dict().items() if k in (*SIZES, "rope_parameters")})
+    torch.testing.assert_close(expected.frequencies(16, torch.device("cpu")), theirs.model.rotary_emb.inv_freq)
+
+
+def test_absent_fields_mean_what_they_mean_to_transformers():
+    few = {k: v for k, v in GOOD.items() if k not in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings")}
+    ours, theirs = llama3.from_hub(few), LlamaConfig.from_dict(few)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == theirs.head_dim
+
+
+LLAMA3_TYPE = {"rope_type": "llama3"}
+BAD = {
+    "unknown_architecture": ({"architectures": ["LlamaForCausalML"]}, r"did you mean 'LlamaForCausalLM'.*torchft trains"),
+    "two_architectures": ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
+    "architectures_not_a_list": ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM"),
+    "architectures_of_objects": ({"architectures": [{}]}, "architectures is"),
+    "no_architecture": ({"architectures": None}, "architectures is None"),
+    "missing_field": ({"hidden_size": None}, "lacks 'hidden_size'"),
+    "text_for_int": ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', expected a positive int"),
+    "float_for_int": ({"vocab_size": 101.0}, "vocab_size is 101.0, expected a positive int"),
+    "bool_for_int": ({"vocab_size": True}, "vocab_size is True, expected a positive int"),
+    "zero": ({"intermediate_size": 0}, "intermediate_size is 0, expected a positive int"),
+    "negative": ({"num_attention_heads": -4}, "num_attention_heads is -4, expected a positive int"),
+    "nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a positive float"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive float"),
+    "int_for_bool": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+    "kv_heads": ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
+    "heads": ({"hidden_size": 66}, r"hidden_size \(66\) is not a multiple of num_attention_heads \(4\)"),
+    "odd_head": ({"head_dim": 15}, "head_dim is 15.*even"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
+    "rope_type": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported; known are"),
+    "rope_not_an_object": ({"rope_scaling": 2.0}, "RoPE section is 2.0, expected an object"),
+    "rope_factor_missing": ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+    "rope_original_length": (
+        {"rope_scaling": LLAMA3_TYPE | SCALING | {"original_max_position_embeddings": None}},
+        "lacks 'original_max_position_embeddings'",
+    ),
+    "rope_ramp": ({"rope_scaling": LLAMA3_TYPE | SCALING | {"low_freq_factor": 4}}, "low_freq_factor.*must be less than"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights.*'gptq'.*original"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_error_names_the_file(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text("{}")
+    edit_config(tmp_path, **(GOOD | changes))
+    with pytest.raises(UserError, match=message) as error:
+        models.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_no_such_model():
+    with pytest.raises(UserError, match=r"no model 'llama3/Llama-3.2-1b'.*did you mean 'llama3/Llama-3.2-1B'"):
+        models.build("llama3/Llama-3.2-1b")
+
+
+@pytest.mark.parametrize("name", ["auto_map", "_attn_implementation", "trust_remote_code"])
+def test_fields_that_could_run_code_are_not_read(tmp_path, name):  # S10
+    model = models.build(GOOD | {name: {"AutoModelForCausalLM": "evil.Model"}}, device="cpu")
+    assert model(tokens(1, 4)).shape == (1, 4, 101)
