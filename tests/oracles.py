@@ -32,10 +32,10 @@ def shifted(labels):
     return torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
 
 
-def mean_nll(model, tokens, labels, positions=None, **options):
-    """The training loss: mean over supervised tokens of labels that are already shifted."""
-    nll = model(tokens, positions, head=partial(token_nll, labels=labels, **options))
-    return nll.sum() / (labels != -100).sum()
+def mean_nll(model, tokens, labels, positions=None, *, count=None):
+    """The training loss of shifted labels: mean over these supervised tokens, or over ``count`` of a larger batch."""
+    nll = model(tokens, positions, head=partial(token_nll, labels=labels))
+    return nll.sum() / (count or (labels != -100).sum())
 
 
 def against_transformers(ours, theirs, tokens):

@@ -5,6 +5,8 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from torchft import models
+
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 64,
@@ -35,6 +37,15 @@ def llama(*, dtype=torch.float32, std=0.2, **changes):
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=std)
     return model.to(dtype).eval()
+
+
+def decoder(**changes):
+    """Our Llama with such weights, in training mode."""
+    torch.manual_seed(0)
+    model = models.build(SIZES | {"architectures": ["LlamaForCausalLM"]} | changes, device="cpu")
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
 
 
 def checkpoint(folder, *, max_shard_size="5GB", **changes):

@@ -34,7 +34,13 @@ SCALED = Llama3Rope(base=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_f
 )
 def test_rope_spellings_of_transformers_4_and_5(spelling, expected):
     assert llama3.from_hub(GOOD | spelling).rope == expected
-    theirs = llama(**{k: v for k, v in LlamaConfig.from_dict(GOOD | spelling).to_dict().items() if k in (*SIZES, "rope_parameters")})
+    theirs = llama(
+        **{
+            k: v
+            for k, v in LlamaConfig.from_dict(GOOD | spelling).to_dict().items()
+            if k in (*SIZES, "rope_parameters")
+        }
+    )
     torch.testing.assert_close(expected.frequencies(16, torch.device("cpu")), theirs.model.rotary_emb.inv_freq)
 
 
@@ -50,7 +56,10 @@ def test_absent_fields_mean_what_they_mean_to_transformers():
 
 LLAMA3_TYPE = {"rope_type": "llama3"}
 BAD = {
-    "unknown_architecture": ({"architectures": ["LlamaForCausalML"]}, r"did you mean 'LlamaForCausalLM'.*torchft trains"),
+    "unknown_architecture": (
+        {"architectures": ["LlamaForCausalML"]},
+        r"did you mean 'LlamaForCausalLM'.*torchft trains",
+    ),
     "two_architectures": ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
     "architectures_not_a_list": ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM"),
     "architectures_of_objects": ({"architectures": [{}]}, "architectures is"),
@@ -64,7 +73,10 @@ BAD = {
     "nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a positive float"),
     "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive float"),
     "int_for_bool": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
-    "kv_heads": ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
+    "kv_heads": (
+        {"num_key_value_heads": 3},
+        r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)",
+    ),
     "heads": ({"hidden_size": 66}, r"hidden_size \(66\) is not a multiple of num_attention_heads \(4\)"),
     "odd_head": ({"head_dim": 15}, "head_dim is 15.*even"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
@@ -75,7 +87,10 @@ BAD = {
         {"rope_scaling": LLAMA3_TYPE | SCALING | {"original_max_position_embeddings": None}},
         "lacks 'original_max_position_embeddings'",
     ),
-    "rope_ramp": ({"rope_scaling": LLAMA3_TYPE | SCALING | {"low_freq_factor": 4}}, "low_freq_factor.*must be less than"),
+    "rope_ramp": (
+        {"rope_scaling": LLAMA3_TYPE | SCALING | {"low_freq_factor": 4}},
+        "low_freq_factor.*must be less than",
+    ),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights.*'gptq'.*original"),
 }
 

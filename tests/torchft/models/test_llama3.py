@@ -1,4 +1,4 @@
-"""Every Llama generation against transformers: logits, loss and all gradients in fp32; and that the bars see mistakes."""
+"""Every Llama generation against transformers in fp32: logits, loss, all gradients; and that the bars see mistakes."""
 
 import pytest
 import torch

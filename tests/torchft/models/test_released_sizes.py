@@ -65,4 +65,6 @@ def test_row(published):
         theirs = AutoModelForCausalLM.from_config(LlamaConfig.from_dict(json | {"num_hidden_layers": 1}))
     ours = models.build(json | {"num_hidden_layers": 1})
     rename = ours.hub_format.names.rename
-    assert {rename(n): p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    assert {rename(n): p.shape for n, p in ours.named_parameters()} == {
+        n: p.shape for n, p in theirs.named_parameters()
+    }
