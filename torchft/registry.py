@@ -38,6 +38,8 @@ COMPONENTS: dict[str, str] = {
     "torchft.training.loggers.WandB": "metric_logger",
     "torchft.models.llama2.chat": "chat_format",
     "torchft.models.llama3.chat": "chat_format",
+    "torchft.models.llama3.chat_3_1": "chat_format",
+    "torchft.models.llama3.chat_3_2": "chat_format",
 }
 
 _added: dict[str, tuple[Callable[..., Any], str]] = {}  # by the running recipe
@@ -67,17 +69,15 @@ def resolve(name: str) -> Callable[..., Any]:
     if name in _added:
         return _added[name][0]
     module, _, attribute = name.rpartition(".")
-    if name in COMPONENTS:
-        found = vars(importlib.import_module(module)).get(attribute)
-        home, is_itself = module, getattr(found, "__qualname__", None) == attribute
-    else:
-        found = _user_object(name, module, attribute)
-        home, is_itself = _package_of(name), True
-    defined_in = f"{getattr(found, '__module__', None)}."
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not is_itself:
+    is_ours = name in COMPONENTS
+    home = module if is_ours else _package_of(name)
+    found = vars(importlib.import_module(module))[attribute] if is_ours else _user_object(name, module, attribute)
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or (is_ours and found.__qualname__ != attribute):
         raise UserError(f"{name!r} is not a class or a function of that name, so it cannot be a component")
-    if not defined_in.startswith(f"{home}."):
-        raise UserError(f"{name!r} is defined in {defined_in[:-1]!r}, not in {home!r}; an imported name is not trusted")
+    if not f"{found.__module__}.".startswith(f"{home}."):
+        raise UserError(
+            f"{name!r} is defined in {found.__module__!r}, not in {home!r}; only what is your own is trusted"
+        )
     return found
 
 

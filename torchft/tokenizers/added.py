@@ -1,0 +1,85 @@
+"""Added tokens: the strings of a vocabulary that are cut out of a text before its merges run, found as Hugging Face does.
+
+They are found here and not by the engines: tiktoken ignores lstrip, rstrip and single_word and takes the first of two
+tokens that start alike, sentencepiece finds none.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_SPACES_BEFORE = re.compile(r"[^\S\x1c-\x1f]+$")  # what Unicode calls white space; Python's \s adds four separators
+_SPACES_AFTER = re.compile(r"[^\S\x1c-\x1f]+")
+_WORD = re.compile(r"\w")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddedToken:
+    """One added token. ``special`` ones are control tokens always; others (``<think>``) are markup that a model writes."""
+
+    content: str
+    id: int
+    special: bool = False
+    lstrip: bool = False  # takes the white space before it
+    rstrip: bool = False
+    single_word: bool = False  # only between non-word characters
+
+    @classmethod
+    def from_json(cls, json: dict[str, Any], id: int) -> "AddedToken":
+        """From an entry of tokenizer.json or of ``added_tokens_decoder``."""
+        flags = {name: bool(json.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
+        return cls(content=json["content"], id=id, **flags)
+
+    @property
+    def is_control(self) -> bool:
+        """False only for runs of white space, which some vocabularies list here and which are ordinary text."""
+        return self.special or not self.content.isspace()
+
+
+class AddedTokens:
+    """The added tokens of one vocabulary."""
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self.by_content = {token.content: token for token in tokens}
+        self.by_id = {token.id: token for token in self}
+        self._every = _longest_first(self.by_content)
+        self._ordinary = _longest_first(c for c, token in self.by_content.items() if not token.is_control)
+
+    def __iter__(self) -> Iterator[AddedToken]:
+        return iter(self.by_content.values())
+
+    def contents(self, *, special_only: bool = False) -> list[str]:
+        """The strings that act as control tokens, longest first."""
+        found = [t.content for t in self if (t.special if special_only else t.is_control)]
+        return sorted(found, key=len, reverse=True)
+
+    def find(self, text: str, pieces: Iterable[tuple[int, bool]]) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of each added token in ``text``, left to right.
+
+        ``pieces`` cut the text up: (length, whether control tokens count in it). A token never lies across a cut.
+        """
+        position = done = 0
+        for length, control in pieces:
+            regex = self._every if control else self._ordinary
+            for match in regex.finditer(text, position, position + length) if regex else ():
+                token, start, end = self.by_content[match[0]], match.start(), match.end()
+                if token.single_word and (_is_word(text, start - 1) or _is_word(text, end)):
+                    continue
+                if token.lstrip and (spaces := _SPACES_BEFORE.search(text, done, start)):
+                    start = spaces.start()
+                if token.rstrip and (spaces := _SPACES_AFTER.match(text, end)):
+                    end = spaces.end()
+                if start >= done:  # else the white space that it is made of was taken by the one before
+                    yield start, end, token.id
+                    done = end
+            position += length
+
+
+def _longest_first(contents: Iterable[str]) -> re.Pattern[str] | None:
+    ordered = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _is_word(text: str, i: int) -> bool:
+    return 0 <= i < len(text) and _WORD.match(text[i]) is not None

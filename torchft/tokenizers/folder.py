@@ -1,0 +1,196 @@
+"""Which of a checkpoint's tokenizer files say what, by Hugging Face's rules, and the Tokenizer that they make."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchft.errors import UserError
+from torchft.files import read_json, what_is
+from torchft.tokenizers import bpe, spm
+from torchft.tokenizers.added import AddedToken, AddedTokens
+from torchft.tokenizers.chat_formats import choose
+from torchft.tokenizers.tokenizer import SpecialIds, Tokenizer
+
+log = logging.getLogger(__name__)
+
+FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# What follows Llama 3's 128,000 ranks in Meta's own files (3.1's names); the rest is <|reserved_special_token_N|>.
+META_SPECIAL = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+}  # fmt: skip
+META_NUM_SPECIAL = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What tokenizer.json or tokenizer.model gives."""
+
+    engine: bpe.ByteBPE | spm.SentencePieceBPE
+    vocab: dict[str, int]  # to look names up
+    added: dict[str, AddedToken]
+    before: tuple[int, ...] | None  # None: the file does not say what surrounds a text
+    after: tuple[int, ...]
+    named: dict[str, str]  # bos_token and eos_token where no config gives them
+
+
+def load(checkpoint_dir: str | Path, *, chat_format: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Args:
+        chat_format: overrides the folder's chat template: "llama2", "llama3", or the path of a .jinja file.
+
+    Raises UserError for a folder without a tokenizer, and for any part of one that torchft would have to guess at.
+    """
+    folder = Path(checkpoint_dir).expanduser()
+    config = _read(folder / "tokenizer_config.json")
+    if not config.get("added_tokens_decoder"):
+        config = {**config, **_read(folder / "special_tokens_map.json")}
+    vocabulary = _vocabulary(folder, config)
+    named = vocabulary.named | {name: _content(config[name]) for name in NAMED if config.get(name)}
+    added = AddedTokens(_added(folder, config, vocabulary, named).values())
+    lookup = vocabulary.vocab | {token.content: token.id for token in added}
+
+    generation = _read(folder / "generation_config.json")
+    ends = generation.get("eos_token_id", _read(folder / "config.json").get("eos_token_id"))
+    stop = [ends] if isinstance(ends, int) else list(ends or [])
+    eos = lookup[named["eos_token"]] if "eos_token" in named else next(iter(stop), None)
+    if eos is None:
+        raise UserError(f"{folder}: no file names the end-of-text token; set eos_token in tokenizer_config.json")
+    bos = lookup[named["bos_token"]] if "bos_token" in named else None
+    before, after = vocabulary.before, vocabulary.after
+    if before is None:
+        before = (bos,) if bos is not None and config.get("add_bos_token") else ()
+        after = (eos,) if config.get("add_eos_token") else ()
+    special = SpecialIds(bos=bos, eos=eos, pad=lookup.get(named.get("pad_token", ""), eos), before=before, after=after)
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    chat, template = choose(folder, config, chat_format, named, added)
+    return Tokenizer(vocabulary.engine, added, special, files=files, chat=chat, chat_template=template, stop_ids=stop)
+
+
+def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return _from_json(path, config)
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; `tune download ORG/MODEL` fetches them")
+    head = path.open("rb").read(200)
+    if kind := what_is(head):
+        raise UserError(f"{path} is {kind}")
+    return _from_sentencepiece(path, config) if head[:1] == b"\n" else _from_tiktoken(path)
+
+
+def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
+    spec = read_json(path)
+    model = spec.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise UserError(f"{path}: unknown model type {kind!r}; torchft knows BPE")
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(f"{path}: unknown model type {model['type']!r}; torchft knows BPE")
+    entries = spec.get("added_tokens") or []
+    added = {entry["content"]: AddedToken.from_json(entry, entry["id"]) for entry in entries}
+    if "ByteLevel" in str(spec.get("pre_tokenizer")):
+        engine: bpe.ByteBPE | spm.SentencePieceBPE = bpe.from_json(spec, set(added), path)
+        named = {}
+    elif model.get("byte_fallback"):
+        is_llama = _class(config) == "LlamaTokenizer"  # transformers 5 then disregards what the file says about spaces
+        if not is_llama and spec.get("normalizer") and any(e.get("normalized") for e in entries):
+            raise UserError(f"{path}: an added token is marked 'normalized' and the normalizer changes it; set tokenizer_class to LlamaTokenizer")
+        engine = spm.from_json(spec, set(added), path, prefix=_llama_prefix(config) if is_llama else None)
+        named = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
+    else:
+        raise UserError(f"{path}: unknown pre_tokenizer {spec.get('pre_tokenizer')}; torchft knows byte-level BPE and BPE with byte fallback")
+    before, after = _affixes(spec.get("post_processor"), path)
+    return Vocabulary(engine=engine, vocab=model["vocab"], added=added, before=before, after=after, named=named)
+
+
+def _from_sentencepiece(path: Path, config: dict[str, Any]) -> Vocabulary:
+    engine, cut = spm.from_model(path, prefix=_llama_prefix(config))
+    added = {text: AddedToken(content=text, id=i, special=special) for i, text, special in cut}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named = {name: text for name, text in named.items() if text in engine.vocab}
+    return Vocabulary(engine=engine, vocab=engine.vocab, added=added, before=None, after=(), named=named)
+
+
+def _from_tiktoken(path: Path) -> Vocabulary:
+    engine = bpe.from_tiktoken(path)
+    first = 1 + max(engine.token_bytes)
+    reserved = iter(range(META_NUM_SPECIAL))
+    names = [META_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(META_NUM_SPECIAL)]
+    added = {name: AddedToken(content=name, id=first + i, special=True) for i, name in enumerate(names)}
+    named = {"bos_token": names[0], "eos_token": names[1]}
+    return Vocabulary(engine=engine, vocab={}, added=added, before=(first,), after=(), named=named)
+
+
+def _added(folder: Path, config: dict[str, Any], vocabulary: Vocabulary, named: dict[str, str]) -> dict[str, AddedToken]:
+    """The vocabulary's added tokens and those that the configs add. UserError for one without an id."""
+    added = dict(vocabulary.added)
+    for i, entry in (config.get("added_tokens_decoder") or {}).items():
+        added.setdefault(entry["content"], AddedToken.from_json(entry, int(i)))
+    for content, i in _read(folder / "added_tokens.json").items():
+        added.setdefault(content, AddedToken(content=content, id=i, special=content in named.values()))
+    for name, content in [*named.items(), *_extra(config)]:
+        if content in added:
+            continue
+        if content in vocabulary.vocab:
+            added[content] = AddedToken(content=content, id=vocabulary.vocab[content], special=True)
+        elif name == "pad_token":
+            log.warning("%s: pad_token %r is not in the vocabulary; padding with eos instead", folder, content)
+        else:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {content!r} is not in the vocabulary, so it has no id")
+    return added
+
+
+def _extra(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or []
+        for entry in listed.values() if isinstance(listed, dict) else listed:
+            yield key, _content(entry)
+
+
+def _affixes(node: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor puts before and after a text."""
+    before: list[int] = []
+    after: list[int] = []
+    for step in node["processors"] if node and node["type"] == "Sequence" else [node]:
+        match step:
+            case None | {"type": "ByteLevel"}:
+                pass
+            case {"type": "TemplateProcessing", "single": list(single), "special_tokens": special}:
+                side = before
+                for item in single:
+                    if "Sequence" in item:
+                        side = after
+                    else:
+                        side += special[item["SpecialToken"]["id"]]["ids"]
+            case _:
+                raise UserError(f"{path}: unknown post_processor {step['type']!r}; torchft knows TemplateProcessing and ByteLevel")
+    return tuple(before), tuple(after)
+
+
+def _class(config: dict[str, Any]) -> str:
+    return str(config.get("tokenizer_class", "")).removesuffix("Fast")
+
+
+def _llama_prefix(config: dict[str, Any]) -> spm.Prefix:
+    """Where LlamaTokenizer of transformers 5 puts a space; ``legacy`` is its word for "before every run of text"."""
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") else "first"
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

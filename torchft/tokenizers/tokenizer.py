@@ -1,0 +1,173 @@
+"""The Tokenizer: text <-> ids, and conversations -> ids with a loss mask."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from torchft.errors import UserError
+from torchft.tokenizers.added import AddedTokens
+from torchft.tokenizers.bpe import ByteBPE
+from torchft.tokenizers.chat import Message, Rendered, Segment, prepare
+from torchft.tokenizers.spm import SentencePieceBPE
+
+log = logging.getLogger(__name__)
+
+ChatFormat = Callable[..., list[Segment]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """The ids that have a role of their own."""
+
+    bos: int | None
+    eos: int
+    pad: int
+    before: tuple[int, ...] = ()  # what add_special_tokens puts before a text
+    after: tuple[int, ...] = ()
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer; ``torchft.tokenizers.load`` makes it. Pickles, so that worker processes can have it."""
+
+    def __init__(
+        self, engine: ByteBPE | SentencePieceBPE, added: AddedTokens, special: SpecialIds, *,
+        files: Sequence[Path] = (), chat: ChatFormat | None = None, chat_template: str | None = None, stop_ids: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._added = added
+        self._special = special
+        self._files = tuple(files)
+        self._chat = chat
+        self.chat_template = chat_template  # Jinja; what an exported folder needs if its files() have none
+        self._added_text = {token.id: token.content for token in added}
+        self.vocab_size = 1 + max([*engine.token_bytes, *self._added_text])  # rows that an embedding needs
+        self.stop_ids = tuple(dict.fromkeys([special.eos, *stop_ids, *self._turn_end()]))
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._special.bos
+
+    @property
+    def eos_id(self) -> int:
+        return self._special.eos
+
+    @property
+    def pad_id(self) -> int:
+        """May equal ``eos_id``: padding must be told by its position, never by its id."""
+        return self._special.pad
+
+    @property
+    def has_chat(self) -> bool:
+        return self._chat is not None
+
+    def files(self) -> tuple[Path, ...]:
+        """The tokenizer's own files in the checkpoint, which an exported folder needs too."""
+        return self._files
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, control: bool = True) -> list[int]:
+        """Ids of ``text``, Hugging Face's exactly. ``control=False``: a control token in it is plain text (user data)."""
+        tokens = self._encode([Segment(text, control=control)]).tokens
+        return [*self._special.before, *tokens, *self._special.after] if add_special_tokens else tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, control tokens included."""
+        return self._engine.decode(list(ids), self._added_text)
+
+    def render(
+        self, messages: Sequence[Message], *, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False,
+        train_on: str = "assistant", **options: Any,
+    ) -> Rendered:  # fmt: skip
+        """The ids of a conversation and which of them are to be learned.
+
+        Args:
+            train_on: "assistant" (every assistant message and its end-of-turn token), "last" (the last one), "all" (every
+                token). ``"train": bool`` in an assistant message overrides the first two.
+            options: what the chat template reads besides, for example ``date_string``.
+
+        Raises UserError, with the message's index and the rule, for a conversation that cannot be rendered.
+        """
+        if self._chat is None:
+            raise UserError(
+                "this checkpoint has no chat template and its control tokens belong to no known format; name one with "
+                "chat_format (llama2, llama3, or the path of a .jinja file)"
+            )
+        prepared = prepare(messages, add_generation_prompt=add_generation_prompt, train_on=train_on)
+        segments = self._chat(prepared, tools=tools, add_generation_prompt=add_generation_prompt, **options)
+        rendered = self._encode(segments)
+        train = [True] * len(rendered.tokens) if train_on == "all" else rendered.train
+        return Rendered(rendered.tokens, train, sum(map(self._num_escaped, prepared)))
+
+    def _encode(self, segments: Sequence[Segment]) -> Rendered:
+        """Control tokens are cut out of the control segments; the rest is encoded in runs that cross segment borders."""
+        text = "".join(segment.text for segment in segments)
+        if not text.isascii() and (bad := _SURROGATE.search(text)):
+            raise UserError(f"text holds a lone surrogate ({bad[0]!r} at character {bad.start()}), which is not valid Unicode")
+        wanted = bytearray().join(bytes([s.train]) * len(s.text) for s in segments)  # of each character
+        tokens: list[int] = []
+        train: list[bool] = []
+
+        def run(start: int, end: int) -> None:
+            ids = self._engine.encode(text[start:end], at_start=start == 0)
+            tokens.extend(ids)
+            if wanted.find(1, start, end) < 0:
+                train.extend([False] * len(ids))
+            else:
+                train.extend(self._learned(text[start:end], wanted[start:end], ids, start == 0))
+
+        done = 0
+        for start, end, token in self._added.find(text, [(len(s.text), s.control) for s in segments]):
+            if start > done:
+                run(done, start)
+            tokens.append(token)
+            train.append(wanted.find(1, start, end) >= 0)
+            done = end
+        if done < len(text):
+            run(done, len(text))
+        return Rendered(tokens, train)
+
+    def _learned(self, text: str, wanted: bytearray, ids: list[int], at_start: bool) -> Iterator[bool]:
+        """Whether each token overlaps a wanted character. Tokens end between bytes, so the mask is stretched to bytes."""
+        mask = bytearray()
+        for end in [i for i in range(1, len(text)) if wanted[i] != wanted[i - 1]] + [len(text)]:
+            num_bytes = len(self._engine.normalize(text[:end]).encode())
+            mask += bytes([wanted[end - 1]]) * (num_bytes - len(mask))
+        start = 0
+        for end in accumulate(self._engine.widths(ids, text, at_start=at_start)):
+            yield mask.find(1, start, max(end, start + 1)) >= 0  # a token of no width goes with what follows it
+            start = end
+
+    def _turn_end(self) -> list[int]:
+        """The control token that ends an assistant's turn, if the chat format has one."""
+        if self._chat is None:
+            return []
+        try:
+            rendered = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        except UserError as e:  # e.g. a template that is for generating only
+            log.info("no end-of-turn token could be found: %s", e)
+            return []
+        learned = [token for token, train in zip(rendered.tokens, rendered.train) if train]
+        return learned[-1:] if learned and learned[-1] in self._added_text else []
+
+    def _num_escaped(self, message: Message) -> int:
+        """How many strings in a message look like control tokens; an assistant may write those that are not special."""
+        every = message["role"] != "assistant"
+        return sum(
+            every or self._added.by_id[token].special
+            for text in _strings(message)
+            for _, _, token in self._added.find(text, [(len(text), True)])
+        )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
