@@ -104,7 +104,7 @@ class _Check:
             if "_component_" in value and (member is Component or _is_open(kind)):
                 return self.component(value, notes, path)
             if member is Component:
-                return self.fail(path, f"needs _component_: the name of what to use, {_names(notes)}")
+                return self.fail(path, f"needs _component_: the name of what to use{_known(_kind(notes).name)}")
             if is_dataclass(member):
                 return self.section(cast(type, member), value, path)
             if (get_origin(member) or member) in (dict, Mapping):
@@ -135,9 +135,9 @@ class _Check:
 
     def component(self, tree: dict[str, Any], notes: Sequence[Any], path: str) -> Any:
         name, given = tree["_component_"], {key: value for key, value in tree.items() if key != "_component_"}
-        at, note = join(path, "_component_"), next((n for n in notes if isinstance(n, Kind)), Kind(""))
+        at, note = join(path, "_component_"), _kind(notes)
         if not isinstance(name, str):
-            return NO_FIT if name is BROKEN else self.fail(at, f"expected the name of a component, {_names(notes)}")
+            return NO_FIT if name is BROKEN else self.fail(at, f"expected the name of a component{_known(note.name)}")
         is_right = self.is_kind(name, note.name, at)
         if not is_right or (registry.is_trusted(name) and not self.import_trusted):
             args = self.items(Any, given, path)  # components within it are looked at all the same
@@ -167,10 +167,10 @@ class _Check:
         try:
             kind = registry.kind(name)
         except UserError as e:
-            self.fail(path, f"{e}{'' if 'did you mean' in str(e) else '; torchft has ' + _names([Kind(wanted)])}")
+            self.fail(path, f"{e}{_known(wanted)}")
             return False
         if wanted and kind not in (wanted, None):
-            self.fail(path, f"{name!r} is a {kind}; here goes a {wanted}: {_names([Kind(wanted)])}")
+            self.fail(path, f"{name!r} is of kind {kind}, not {wanted}{_known(wanted)}")
             return False
         return True
 
@@ -207,9 +207,12 @@ def _is_open(kind: Any) -> bool:
     return Any in kinds or not any(is_known(member) for member in kinds if member is not types.NoneType)
 
 
-def _names(notes: Sequence[Any]) -> str:
-    wanted = [note.name for note in notes if isinstance(note, Kind) and note.name]
-    return " or ".join(name for kind in wanted for name in registry.names(kind)) or "a name of the registry"
+def _kind(notes: Sequence[Any]) -> Kind:
+    return next((note for note in notes if isinstance(note, Kind)), Kind(""))
+
+
+def _known(kind: str) -> str:
+    return f"; of kind {kind} there are {', '.join(registry.names(kind))}" if registry.names(kind) else ""
 
 
 def _over_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -59,10 +59,12 @@ def _apply(document: Document, argument: str) -> None:
     value = parse(text, "value") if text[:1] in "[{\"'" and text else scalar(text) if text else ""
     old = node[key] if isinstance(node, list) or key in node else None
     if isinstance(value, str) and isinstance(old, dict) and "_component_" in old:
-        node, key, path = old, "_component_", f"{path}._component_"
-    node[key] = value
-    for below in [p for p in document.places if p.startswith(f"{path}.")]:
-        del document.places[below]
+        old["_component_"] = value
+        document.places[f"{path}._component_"] = "command line"
+    else:
+        node[key] = value
+        for below in [p for p in document.places if p.startswith(f"{path}.")]:
+            del document.places[below]
     document.places[path] = "command line"
 
 

@@ -76,7 +76,8 @@ def is_known(kind: Any) -> bool:
 def words(kind: Any) -> str:
     """A type in a user's words."""
     described: list[str] = []
-    for member, _ in members(kind):
+    alternatives = [member for member, _ in members(kind)]
+    for member in [m for m in alternatives if is_known(m)] or alternatives:
         if get_origin(member) is Literal:
             described += [repr(choice) for choice in get_args(member)]
         elif is_dataclass(member) and isinstance(member, type):

@@ -14,6 +14,7 @@ import yaml
 from torchft.errors import UserError
 
 SIZE_LIMIT = 1 << 20  # bytes; a config is a page, not a database
+DEPTH_LIMIT = 50
 BROKEN = object()  # stands for a value whose problem is already noted
 
 _NULL = {"", "~", "null", "Null", "NULL"}
@@ -70,7 +71,7 @@ def read(file: Path) -> Document:
         raise UserError(f"{file}: the file is empty; a config needs at least one 'key: value'")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{file}:{node.start_mark.line + 1}: expected 'key: value' lines")
-    document = Document(tree={})
+    document = Document(tree={}, places={"": str(file)})
     document.tree.update(_plain(node, "", document, str(file)))
     if document.problems:
         raise UserError(*document.problems)
@@ -97,7 +98,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if isinstance(scalar(text), str) else '"')
+    is_plain = isinstance(scalar(text), str) and text.replace("\n", "").isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -118,10 +120,14 @@ def _text(file: Path) -> str:
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            at = f"{where}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH_LIMIT:
+                raise UserError(f"{at}: nested too deeply for a config")
             if isinstance(event, yaml.AliasEvent):  # also the door of the "billion laughs" attack
-                at = f"{where}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
                 raise UserError(f"{at}: YAML aliases (*{event.anchor}) are not supported; write ${{key}} instead")
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.reader.ReaderError as e:
@@ -131,8 +137,6 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         mark = e.problem_mark or e.context_mark
         hint = "; indent with spaces, not tabs" if r"'\t'" in str(e.problem) else ""
         raise UserError(f"{where}:{mark.line + 1}:{mark.column + 1}: not valid YAML: {e.problem}{hint}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply for a config") from None
 
 
 def _plain(node: yaml.Node, path: str, document: Document, where: str) -> Any:

@@ -32,6 +32,17 @@ REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
 SUFFIXES = {".safetensors", ".json", ".model", ".tiktoken", ".txt", ".jinja", ".md"}
 
+GOES_ON = "try again later; what is here stays, and the download goes on from it"
+REASONS = {  # the first that fits
+    GatedRepoError: "this model is gated: accept its license at {url}, run `hf auth login`, and try again",
+    RepositoryNotFoundError: "not on the Hub, or private: check the name at {url}; a private one needs `hf auth login`",
+    RevisionNotFoundError: "there is no revision {revision!r}; {url}/tree/main shows the branches and tags",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it and try again",
+    HfHubHTTPError: f"the Hub answered with an error; {GOES_ON}",
+    HTTPError: f"the Hub cannot be reached, check the network; {GOES_ON}",
+    LocalEntryNotFoundError: f"the Hub cannot be reached, check the network; {GOES_ON}",
+}
+
 
 def main(arguments: list[str]) -> None:
     """``tune download ORG/MODEL [--revision REVISION] [--output-dir FOLDER]``"""
@@ -54,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def download(repo: str, revision: str, folder: Path) -> str:
-    """Fetch into ``folder``, check every weight file's sha256 against the Hub's, write the manifest, return the commit."""
+    """Fetch into ``folder``, hold the weights' sha256 against the Hub's, write the manifest, return the commit."""
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     assert info.sha is not None and info.siblings is not None
     files = {file.rfilename: file for file in info.siblings if is_wanted(file.rfilename)}
@@ -92,25 +103,8 @@ def _check_space(folder: Path, size: int) -> None:
 
 @contextmanager
 def _hub_errors(repo: str, revision: str) -> Iterator[None]:
-    url = f"https://huggingface.co/{repo}"
     try:
         yield
-    except GatedRepoError:
-        raise UserError(
-            f"{repo} is gated: accept its license at {url}, then run `hf auth login`, and try again"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"there is no model {repo!r} on the Hub, or it is private: check the name at {url}; for a "
-                        "private one run `hf auth login`") from None  # fmt: skip
-    except RevisionNotFoundError:
-        raise UserError(f"{repo} has no revision {revision!r}; see {url}/tree/main for its branches and tags") from None
-    except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it and try again") from None
-    except HfHubHTTPError as e:
-        raise UserError(f"the Hub answered {e.response.status_code} for {repo}; try again later. What is here stays and "
-                        "the download goes on from it") from None  # fmt: skip
-    except (HTTPError, LocalEntryNotFoundError) as e:
-        raise UserError(f"the Hub cannot be reached ({type(e).__name__}): check the network and try again; what is here "
-                        "stays and the download goes on from it") from None  # fmt: skip
-    except OSError as e:
-        raise UserError(f"cannot write the files: {e}") from None
+    except (HTTPError, OSError) as e:  # the Hub's client, or a full disk
+        reason = next((text for kind, text in REASONS.items() if isinstance(e, kind)), f"cannot write the files: {e}")
+        raise UserError(f"{repo}: {reason.format(url=f'https://huggingface.co/{repo}', revision=revision)}") from None
