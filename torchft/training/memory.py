@@ -1,0 +1,61 @@
+"""An estimate, before anything is allocated, of what training needs on one device."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes, each at its own peak. The total is what to expect within about 20%; fragmentation comes on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def lines(self) -> dict[str, str]:
+        """For a panel: name -> "1.23 GiB", the total last."""
+        parts = {**vars(self), "total": self.total}
+        return {name: f"{size / GIB:.2f} GiB" for name, size in parts.items()}
+
+
+def estimate(
+    *,
+    weight_bytes: int,
+    trainable_bytes: int,
+    optimizer_bytes: int,
+    tokens: int,
+    dim: int,
+    mlp_dim: int,
+    num_layers: int,
+    vocab: int,
+    chunk: int | None,
+    recompute: bool,
+    activation_bytes: int = 2,
+) -> Estimate:
+    """Memory of one training step of a decoder, attention without the matrix of scores.
+
+    weights: as stored. gradients: one per trainable weight, same dtype. optimizer: given (AdamW: twice the trainable
+    bytes). activations, per layer and token: 10 values of size dim (residual twice, two norms' inputs and outputs, q,
+    k, v, the attention's output) and 4 of size mlp_dim (gate, up, their activation and product). With recompute: one
+    value of size dim per layer, plus one layer in full. logits: one chunk of tokens in fp32, and its gradient.
+
+    Args:
+        tokens: of one micro-batch: batch_size * seq_len.
+        chunk: tokens whose logits exist at a time; None: all.
+    """
+    layer = tokens * (10 * dim + 4 * mlp_dim) * activation_bytes
+    kept = tokens * dim * activation_bytes
+    return Estimate(
+        weights=weight_bytes,
+        gradients=trainable_bytes,
+        optimizer=optimizer_bytes,
+        activations=num_layers * kept + layer if recompute else num_layers * layer,
+        logits=2 * min(tokens, chunk or tokens) * vocab * 4,
+    )

@@ -1,0 +1,153 @@
+"""metrics.jsonl (each step once, whatever was killed or resumed), loss.png, and what a step's speed amounts to."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from torchft.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, float | int | str | None]
+
+# Dense bf16 matrix FLOP/s by the name that torch.cuda.get_device_name gives, from the vendors' data sheets; of several
+# names that fit, the longest counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "MI250X": 383e12,
+    "MI300X": 1307e12,
+}
+
+
+class MetricsFile:
+    """Appends one JSON object per step; ``resume_step`` finished steps are kept, later and torn lines dropped.
+
+    If the disk is full, training goes on: one warning, and the rows that failed are lost.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        rows = [row for row in read_rows(path) if _step(row) <= resume_step]
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.path = path
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        self._warned = False
+
+    def write(self, row: Mapping[str, float | int | str | None]) -> None:
+        """One line, at once in the file. A value that is not finite is written as null, as JSON has no other word."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as e:
+            if not self._warned:
+                log.warning("%s can't be written (%s): training goes on without it", self.path, e.strerror)
+            self._warned = True
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as e:  # what the disk had no room for
+            log.warning("%s is incomplete: %s", self.path, e.strerror)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole rows of a metrics.jsonl, up to a torn line; none if there is no file."""
+    rows: list[Row] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # a kill tore it, and nothing follows
+    return rows
+
+
+def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path, *, title: str) -> None:
+    """Loss over steps as a picture: each step, a running mean over 5% of them, and ``eval_loss`` where there is one."""
+    from matplotlib.figure import Figure  # 0.5 s, so only when a picture is due
+
+    steps, losses = _points(rows, "loss")
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
+    if len(losses) >= 20:
+        window = max(3, len(losses) // 20)
+        mean = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axes.plot(steps, mean, color="#08519c", linewidth=2, label=f"mean of {window} steps")
+    eval_steps, eval_losses = _points(rows, "eval_loss")
+    if eval_steps:
+        axes.plot(eval_steps, eval_losses, "o-", color="#d94801", linewidth=1.5, markersize=4, label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per supervised token")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if losses or eval_losses:
+        axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def flops_per_token(
+    *, num_matrix_params: int, num_trainable: int, num_layers: int, attention_dim: int, seq_len: int
+) -> float:
+    """FLOPs that training needs for one token, forward and backward, nothing counted twice for recompute.
+
+    Forward 2 per matrix parameter, the same for the gradient of its input, and 2 per *trainable* one for its own
+    gradient; plus causal attention, 6 * layers * attention_dim * seq_len. https://arxiv.org/abs/2204.02311, appendix B,
+    which counts attention without the causal mask: twice as much.
+
+    Args:
+        num_matrix_params: all that multiply a token; not an embedding table that is only looked up.
+        attention_dim: heads times head size.
+        seq_len: mean length of a document, if rows are packed.
+    """
+    return 4 * num_matrix_params + 2 * num_trainable + 6 * num_layers * attention_dim * seq_len
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a known GPU; None for others and for CPUs."""
+    fits = [name for name in PEAK_FLOPS if f" {name} " in f" {device_name.replace('-', ' ')} "]
+    return PEAK_FLOPS[max(fits, key=len)] if fits else None
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, 0 to 1, of one device; None if its peak is unknown."""
+    return tokens_per_second * flops_per_token / peak if peak else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that tensors held on an accelerator, or on the CPU the process's largest resident size."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return torch.accelerator.max_memory_allocated(device) / 2**30
+
+
+def _points(rows: Sequence[Mapping[str, float | int | str | None]], key: str) -> tuple[list[int], list[float]]:
+    found = [(_step(row), float(value)) for row in rows if (value := row.get(key)) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _step(row: Mapping[str, float | int | str | None]) -> int:
+    return int(row["step"] or 0)
