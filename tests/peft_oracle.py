@@ -1,11 +1,10 @@
-"""A tiny random Llama from transformers, PEFT's adapters on it, and ours on a copy with the same numbers."""
+"""PEFT's adapters on a model of transformers, and ours on a copy with the same numbers."""
 
 import copy
 
 import peft
 import pytest
 import torch
-import transformers
 
 from torchft.adapters.lora import LoRAConfig, apply_lora, lora_layers
 
@@ -24,28 +23,6 @@ CONFIGS = {
     "with-head": LoRAConfig(rank=4, alpha=7.0, targets=["o_proj", "lm_head"]),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-TOKENS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(5))
-
-
-def tiny_llama(*, bias=True, seed=0):
-    """GQA, an odd vocabulary, biases, untied; weights scaled up so that mistakes show."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=bias,
-        mlp_bias=bias,
-        tie_word_embeddings=False,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def peft_model(base, config):

@@ -37,7 +37,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names, shapes and some values of each tensor; the same for an fp32 and a bf16 copy of a checkpoint."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // NUM_SAMPLES)]
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // NUM_SAMPLES)].contiguous()
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(bytes(sample.to("cpu", torch.bfloat16).view(torch.uint8).tolist()))
     return digest.hexdigest()

@@ -30,19 +30,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "lora_magnitude": ".lora_magnitude_vector"}
 
-# Fields of adapter_config.json that we follow, with their defaults in PEFT ...
-DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "alpha_pattern": {}}
-# ... fields that change nothing here (layers and ranks are taken from the tensors) ...
+# Fields of adapter_config.json that mean nothing here (layers and ranks are taken from the tensors). Any other field
+# that is not in SETTINGS must be empty or false.
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-# ... and fields that must say this. Any other field must be empty or false.
-REQUIRED = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
 
 HubName = Callable[[str], str]  # our module name -> the Hub's
 Value = TypeVar("Value")
@@ -96,14 +89,14 @@ def peft_config(model: nn.Module, folder: Path, *, hub_name: HubName) -> LoRACon
     ranks = {ours[name]: rank for name, rank in adapter.ranks.items()}
     alphas = {ours[name]: alpha for name, alpha in adapter.alphas.items()}
     return LoRAConfig(
-        rank=adapter.config["r"],
-        alpha=adapter.config["lora_alpha"],
+        rank=adapter.settings["r"],
+        alpha=adapter.settings["lora_alpha"],
         targets=sorted(_shortest(dict.fromkeys(ranks, True), list(ours.values()))),
-        dropout=adapter.config["lora_dropout"],
-        rslora=adapter.config["use_rslora"],
-        dora=adapter.config["use_dora"],
-        rank_pattern=_other_than(adapter.config["r"], ranks),
-        alpha_pattern=_other_than(adapter.config["lora_alpha"], alphas),
+        dropout=adapter.settings["lora_dropout"],
+        rslora=adapter.settings["use_rslora"],
+        dora=adapter.settings["use_dora"],
+        rank_pattern=_other_than(adapter.settings["r"], ranks),
+        alpha_pattern=_other_than(adapter.settings["lora_alpha"], alphas),
     )
 
 
@@ -130,7 +123,7 @@ def load_peft(model: nn.Module, folder: Path, *, hub_name: HubName, check_base: 
         elif not tensors[key].isfinite().all():
             problems.append(f"{key} holds NaN or infinity: the adapter is broken")
     for name, layer in layers.items():
-        alpha, rslora = adapter.alphas.get(name, layer.alpha), adapter.config["use_rslora"]
+        alpha, rslora = adapter.alphas.get(name, layer.alpha), adapter.settings["use_rslora"]
         if (layer.alpha, layer.rslora) != (alpha, rslora):
             problems.append(f"{name} has alpha {alpha}, rslora {rslora}; the config says {layer.alpha}, {layer.rslora}")
     if len(problems) > 10:
@@ -143,9 +136,34 @@ def load_peft(model: nn.Module, folder: Path, *, hub_name: HubName, check_base: 
         parameter.copy_(tensors[key])
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_alphas(value: object) -> bool:
+    """PEFT's keys are regexes, but a regex of others can run forever."""
+    return value is None or (
+        isinstance(value, dict) and all(re.fullmatch(r"[\w.-]+", p) and _is_number(a) for p, a in value.items())
+    )
+
+
+SETTINGS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # PEFT's default, what we can read, in words
+    "peft_type": ("LORA", lambda v: v == "LORA", "'LORA'"),
+    "r": (8, lambda v: type(v) is int and v > 0, "a positive integer"),
+    "lora_alpha": (8, _is_number, "a number"),
+    "lora_dropout": (0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to 1"),
+    "use_rslora": (False, lambda v: isinstance(v, bool), "true or false"),
+    "use_dora": (False, lambda v: isinstance(v, bool), "true or false"),
+    "alpha_pattern": ({}, _is_alphas, "plain module names, each with a number"),
+    "bias": ("none", lambda v: v == "none", "'none'"),
+    # The other ways to initialise, such as pissa, change the base.
+    "init_lora_weights": (True, lambda v: v in (True, False, "gaussian", "orthogonal", "eva"), "true"),
+}
+
+
 @dataclass(frozen=True)
 class _Adapter:
-    config: dict[str, Any]  # the fields of DEFAULTS, checked
+    settings: dict[str, Any]  # by the names of SETTINGS
     file: Any  # open safetensors
     ranks: dict[str, int]  # by the Hub's module names
     alphas: dict[str, float]
@@ -154,42 +172,35 @@ class _Adapter:
 def _open(folder: Path) -> _Adapter:
     """A PEFT folder's settings, by a fixed list of fields, and file. Raises UserError for what we do not have."""
     path = folder / CONFIG
-    json_ = read_json(path)
+    fields = read_json(path)
+    settings = {field: fields.get(field, default) for field, (default, _, _) in SETTINGS.items()}
     problems = [
-        f"{path}: {field} is {json_[field]!r}, torchft reads {' or '.join(map(repr, wanted))}"
-        for field, wanted in REQUIRED.items()
-        if json_.get(field, wanted[0]) not in wanted
+        f"{path}: {field} is {settings[field]!r}; torchft reads {words}"
+        for field, (_, fits, words) in SETTINGS.items()
+        if not fits(settings[field])
     ]
-    known = DEFAULTS.keys() | IGNORED | REQUIRED.keys()
     problems += [
         f"{path}: {field} is {value!r}, which torchft does not support"
-        for field, value in json_.items()
-        if value and field not in known
+        for field, value in fields.items()
+        if value and field not in SETTINGS and field not in IGNORED
     ]
-    config = {field: json_.get(field, default) for field, default in DEFAULTS.items()}
-    if type(config["r"]) is not int or config["r"] < 1:
-        problems.append(f"{path}: r is {config['r']!r}, expected a positive integer")
-    if not _is_number(config["lora_alpha"]):
-        problems.append(f"{path}: lora_alpha is {config['lora_alpha']!r}, expected a number")
-    if not _is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
-        problems.append(f"{path}: lora_dropout is {config['lora_dropout']!r}, expected a number from 0 to 1")
-    patterns = config["alpha_pattern"] or {}
-    if bad := [p for p, a in patterns.items() if not re.fullmatch(r"[\w.-]+", p) or not _is_number(a)]:
-        problems.append(f"{path}: alpha_pattern has {bad[:3]}; torchft reads plain module names with a number each")
     if problems:
         raise UserError(*problems)
     file = open_safetensors(folder / WEIGHTS)
     shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
     endings = tuple(SUFFIXES.values())
     if strange := [k for k, s in shapes.items() if not k.startswith(PREFIX) or not k.endswith(endings) or 0 in s]:
-        raise UserError(f"{folder / WEIGHTS} holds tensors that are no LoRA of a linear layer, such as {strange[:3]}")
+        raise UserError(
+            f"{folder / WEIGHTS} holds tensors that are no LoRA of a linear layer, such as {strange[:3]}; "
+            "PEFT leaves the base's own out with save_pretrained(..., save_embedding_layers=False)"
+        )
     suffix = SUFFIXES["lora_a"]
     ranks = {key[len(PREFIX) : -len(suffix)]: shape[0] for key, shape in shapes.items() if key.endswith(suffix)}
+    patterns = (settings["alpha_pattern"] or {}).items()
     alphas = {
-        name: next((a for p, a in patterns.items() if f".{name}".endswith(f".{p}")), config["lora_alpha"])
-        for name in ranks
+        name: next((a for p, a in patterns if f".{name}".endswith(f".{p}")), settings["lora_alpha"]) for name in ranks
     }
-    return _Adapter(config, file, ranks, alphas)
+    return _Adapter(settings, file, ranks, alphas)
 
 
 def _parameters(layers: Mapping[str, LoRALinear]) -> dict[str, nn.Parameter]:
@@ -217,10 +228,6 @@ def _shortest(values: Mapping[str, Value], names: Iterable[str]) -> dict[str, Va
 
 def _other_than(default: Value, values: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in _shortest(values, values).items() if value != default}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(number: float) -> int | float:
