@@ -191,6 +191,8 @@ def _message(turn: Any, where: str) -> Message:
     """One message less its null fields, which parquet writes, OpenAI's weight as "train". Rendering checks the rest."""
     if not isinstance(turn, dict) or "role" not in turn:
         raise RowError(f"{where} must be an object with 'role' and 'content', found {_found(turn)}")
+    if not isinstance(turn["role"], str):
+        raise RowError(f"{where}.role must be text, found {_found(turn['role'])}")
     message = {k: v for k, v in turn.items() if not is_null(v)}
     weight = message.pop("weight", None)
     if weight not in (None, 0, 1):

@@ -36,7 +36,13 @@ def by_hand(*rows, seq_len):
 
 
 RAGGED = [random.Random(1).randrange(4, 60) for _ in range(23)]
-KINDS = [{"packed": True}, {"packed": False}, {"shuffle": False}, {"drop_last": True}, {"packed": True, "shuffle": False}]
+KINDS = [
+    {"packed": True},
+    {"packed": False},
+    {"shuffle": False},
+    {"drop_last": True},
+    {"packed": True, "shuffle": False},
+]
 
 
 def same(a, b):
@@ -145,7 +151,7 @@ def test_d23_order_depends_on_seed_and_epoch_alone(packed):
 
 def test_d21_changed_data_or_settings_refuse_to_resume():
     state = Loader(make(RAGGED), batch_size=3, seed=5).state_dict()
-    with pytest.raises(UserError, match="fingerprint was '.*', now '.*'. The saved position") as e:
+    with pytest.raises(UserError, match=r"fingerprint was '.*', now '.*'. The saved position") as e:
         Loader(make(RAGGED, seed=1), batch_size=3, seed=5).load_state_dict(state)
     assert "seed was" not in str(e.value)
     with pytest.raises(UserError, match="seed was 5, now 6; packed was False, now True; shuffle was True, now False"):

@@ -96,7 +96,11 @@ def test_d4_missing_columns_are_listed_with_a_column_map():
         ("openai", {"messages": [{"content": "x"}]}, "messages[0] must be an object with 'role'"),
         ("openai", {"messages": [ANSWER | {"weight": 0.5}]}, "messages[0].weight must be 0 or 1, found 0.5"),
         ("openai", {"other": 1}, "no column 'messages'"),
-        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0] must be an object with 'from' and 'value'"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "gpt"}]},
+            "conversations[0] must be an object with 'from' and 'value'",
+        ),
         ("sharegpt", {"conversations": [{"from": "gtp", "value": "x"}]}, "unknown 'from' 'gtp' (did you mean 'gpt'?)"),
         ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "unknown 'from' ['gpt']"),
         ("alpaca", {"instruction": "a", "output": 4}, "'output' must be text, found int 4"),
@@ -143,7 +147,7 @@ def test_empty_system_message_is_left_out():
 def test_fill_replaces_columns_and_nothing_else():
     row = {"q": "{a} %s {q}", "none": None, "a": "x"}
     assert fill("Q: {q}|{none}|{ q }|{{a}}", row) == "Q: {a} %s {q}||{ q }|{x}"
-    with pytest.raises(RowError, match="prompt_template names {b}: no column 'b'"):
+    with pytest.raises(RowError, match=r"prompt_template names \{b\}: no column 'b'"):
         fill("{b}", row)
     with pytest.raises(RowError, match="must be text"):
         fill("{q}", {"q": 3})

@@ -43,7 +43,9 @@ def test_counts_and_lines():
 
 
 def test_d9_nothing_supervised_stops():
-    with pytest.raises(UserError, match=r"none of 3 rows has a supervised token \(2 rows nothing to train on; 1 rows empty"):
+    with pytest.raises(
+        UserError, match=r"none of 3 rows has a supervised token \(2 rows nothing to train on; 1 rows empty"
+    ):
         summary(UNTRAINED, UNTRAINED, None).check(vocab_size=100, num_rows=0, batch_size=1)
     with pytest.raises(UserError, match="1 rows cut before the first trained token"):
         summary(LONG, seq_len=2).check(vocab_size=100, num_rows=0, batch_size=1)
@@ -55,7 +57,7 @@ def test_d14_ids_beyond_the_embedding_stop():
 
 
 def test_d17_fewer_rows_than_one_batch_stop():
-    with pytest.raises(UserError, match="batch_size 4 is more than the 1 rows of an epoch; .*packed: false"):
+    with pytest.raises(UserError, match=r"batch_size 4 is more than the 1 rows of an epoch; .*packed: false"):
         summary(SHORT, SHORT).check(vocab_size=100, num_rows=1, batch_size=4)
 
 
