@@ -10,8 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from torchft import registry
-from torchft.cli import shipped
+from torchft import registry, shipped
 from torchft.config import Component, Folder, Kind, Range, plain
 from torchft.config_override import interpolate, override
 from torchft.config_types import NO_FIT, fit, is_known, members, parameters, words

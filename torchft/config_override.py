@@ -13,7 +13,7 @@ from omegaconf.errors import (
     UnsupportedInterpolationType,
 )
 
-from torchft.cli import shipped
+from torchft import shipped
 from torchft.config_yaml import BROKEN, Document, join, parse, scalar
 from torchft.errors import UserError
 from torchft.names import nearest

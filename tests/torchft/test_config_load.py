@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft import registry
-from torchft.cli import shipped
+from torchft import registry, shipped
 from torchft.config import Component, Folder, Kind, Range
 from torchft.config_load import load
 from torchft.errors import UserError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchft.cli import shipped
+from torchft import shipped
 from torchft.config_override import interpolate, override
 from torchft.config_yaml import Document
 from torchft.errors import UserError

@@ -84,8 +84,9 @@ def test_a_trusted_package_resolves(my_pkg):
 
 
 @pytest.mark.parametrize(
-    "name", ["my_pkg.parts.system", "my_pkg.parts.os", "my_pkg.parts.Path", "my_pkg.parts.bound", "my_pkg.parts._hidden",
-             "my_pkg.parts.os.system", "my_pkg.parts", "my_pkg.nothing.x", "my_pkg.parts.row", "my_pkg.parts.__loader__"],
+    "name",
+    ["my_pkg.parts.system", "my_pkg.parts.os", "my_pkg.parts.Path", "my_pkg.parts.bound", "my_pkg.parts._hidden",
+     "my_pkg.parts.os.system", "my_pkg.parts", "my_pkg.nothing.x", "my_pkg.parts.row", "my_pkg.parts.__loader__"],
 )  # fmt: skip
 def test_s3_a_trusted_name_must_be_defined_in_the_package(my_pkg, name):
     registry.trust("my_pkg")

@@ -2,7 +2,7 @@
 
 import sys
 
-from torchft.cli import shipped
+from torchft import shipped
 from torchft.cli.arguments import Parser
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from torchft.cli import shipped
+from torchft import shipped
 from torchft.cli.arguments import Parser
 from torchft.errors import UserError
 from torchft.files import atomic_write

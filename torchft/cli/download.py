@@ -51,13 +51,13 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("repo", metavar="ORG/MODEL")
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
-    parser.add_argument("--output-dir", type=Path, metavar="FOLDER", help="default: checkpoints/MODEL")
+    parser.add_argument("--output-dir", type=Path, metavar="FOLDER", help="default: MODEL")
     given = parser.parse(arguments)
     if not REPO.fullmatch(given.repo) or ".." in given.repo or "--" in given.repo:
         raise UserError(f"{given.repo!r} is not a model of the Hub; write ORG/MODEL, as in meta-llama/Llama-3.2-1B")
     if not REVISION.fullmatch(given.revision) or ".." in given.revision:
         raise UserError(f"--revision {given.revision!r} is not a branch, tag or commit")
-    folder = (given.output_dir or Path("checkpoints") / given.repo.split("/")[1]).expanduser()
+    folder = (given.output_dir or Path(given.repo.split("/")[1])).expanduser()
     with _hub_errors(given.repo, given.revision):
         commit = download(given.repo, given.revision, folder)
     print(f"{given.repo} at {commit}\nis in {folder}")

@@ -1,6 +1,6 @@
 """``tune ls``: the recipes that torchft ships, with their configs. Reads files, imports none of them."""
 
-from torchft.cli import shipped
+from torchft import shipped
 from torchft.cli.arguments import Parser
 
 OTHER = "(any recipe)"

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from torchft import registry
-from torchft.cli import shipped
+from torchft import registry, shipped
 from torchft.cli.arguments import Parser
 from torchft.cli.main import exit_on_user_error
 from torchft.config_load import load

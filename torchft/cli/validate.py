@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torchft import registry
-from torchft.cli import shipped
+from torchft import registry, shipped
 from torchft.cli.arguments import Parser
 from torchft.cli.run import find
 from torchft.config import Component
@@ -40,8 +39,9 @@ def main(arguments: list[str]) -> None:
     components = sorted({component.name for component in _components(config)})
     foreign = [component for component in components if registry.is_trusted(component)]
     checked = [component for component in components if component not in foreign]
+    what = f"components {', '.join(checked)}" if checked else "no components"
     unchecked = f"; not checked (user code): {', '.join(foreign)}" if foreign else ""
-    print(f"{given.config} is valid for {recipe}; {len(fields(config))} keys; checked {', '.join(checked)}{unchecked}")
+    print(f"{given.config} is valid for {recipe}; {len(fields(config))} keys; {what}{unchecked}")
 
 
 def _components(value: Any) -> Iterator[Component]:

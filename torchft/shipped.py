@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torchft
 from torchft.errors import UserError
 from torchft.names import nearest
 
 
 def folder(name: str) -> Path:
     """The folder "recipes" or "configs"."""
-    package = Path(torchft.__file__).resolve().parent
+    package = Path(__file__).resolve().parent
     return package / name if (package / name).is_dir() else package.parent / name
 
 

@@ -1,0 +1,73 @@
+"""Who may import whom: DESIGN's table, which keeps families, methods and adapters apart."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOUNDATION = {"errors", "names", "files", "redact", "registry", "config", "config_types", "config_yaml", "config_load", "config_override", "shipped"}  # fmt: skip
+ALLOWED = {  # part of torchft -> the parts that it may import
+    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "weights": FOUNDATION,
+    "modules": FOUNDATION,
+    "losses": FOUNDATION | {"modules"},
+    "adapters": FOUNDATION | {"modules", "weights"},
+    "hub": FOUNDATION | {"modules", "weights"},
+    "tokenizers": FOUNDATION,
+    "models": FOUNDATION | {"modules", "hub", "tokenizers"},
+    "data": FOUNDATION | {"losses", "tokenizers"},
+    "training": FOUNDATION | {"modules", "losses", "weights"},
+    "generation": FOUNDATION | {"modules", "tokenizers"},
+    "cli": FOUNDATION,
+}
+THIRD_PARTY = {
+    "torch", "torchao", "torchdata", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",
+    "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil",
+    "wandb", "tensorboard", "mlflow",  # extras, imported by the logger that needs them
+}  # fmt: skip
+
+
+def imports(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "torchft").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_one_way(file: Path) -> None:
+    from sys import stdlib_module_names
+
+    part = file.relative_to(ROOT / "torchft").parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    for name in imports(file):
+        package, _, rest = name.partition(".")
+        if package == "torchft":
+            other = rest.split(".")[0]
+            assert other == part or other in ALLOWED[part], f"{part} imports torchft.{rest}"
+        else:
+            assert package in THIRD_PARTY or package in stdlib_module_names, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.py")), ids=lambda f: f.name)
+def test_recipes_import_only_torch_and_the_library(file: Path) -> None:
+    from sys import stdlib_module_names
+
+    for name in imports(file):
+        assert name.split(".")[0] in {"torch", "torchft", *stdlib_module_names}, f"{file} imports {name}"
+
+
+def test_functions_of_one_name_have_one_body_in_all_recipes() -> None:
+    bodies: dict[str, tuple[str, str]] = {}
+    for file in sorted((ROOT / "recipes").glob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in ("main", "build_model", "save"):
+                body = ast.unparse(node)
+                other, known = bodies.setdefault(node.name, (file.name, body))
+                assert known == body, f"{node.name} differs between {other} and {file.name}"

@@ -1,0 +1,67 @@
+"""Exit codes, help, and that no verb imports more than it needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_help_and_version(tune):
+    for words in ([], ["--help"], ["-h"]):
+        code, out, _ = tune(*words)
+        assert code == 0
+        assert "download" in out
+        assert "tune run lora_finetune --config demo/lora" in out
+    assert tune("--version")[1].startswith("torchft 0.")
+    for verb in ("ls", "run", "cp", "cat", "validate", "download"):
+        code, out, _ = tune(verb, "--help")
+        assert (code, f"usage: tune {verb}" in out) == (0, True)
+
+
+def test_an_unknown_verb_is_told_the_nearest(tune):
+    assert tune("runn") == (
+        2,
+        "",
+        "error: tune has no command 'runn' (did you mean 'run'?); `tune --help` lists them\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ls", "--all"], "unknown option '--all'"),
+        (["cp", "x"], "the following arguments are required: FILE"),
+        (["run", "stub", "--batch_size=4"], "unknown option '--batch_size=4' (a config value is given without dashes"),
+        (["run", "stub", "--nprocpernode=4"], "unknown option '--nprocpernode=4' (did you mean '--nproc_per_node'?)"),
+        (["run", "stub", "--hf-token", "x"], "unknown option '--hf-token'"),
+        (["download", "a/b", "--token", "x"], "unknown option '--token'"),
+    ],
+)
+def test_unknown_options_are_errors(library, tune, words, message):
+    code, out, err = tune(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_debug_shows_the_traceback(tune):
+    code, _, err = tune("cat", "nothing", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "error: torchft ships no recipe or config 'nothing'" in err
+
+
+@pytest.mark.parametrize("words", [["ls"], ["cat", "lora_finetune"], ["--help"], ["run", "--help"], ["cp", "--help"]])
+def test_no_verb_that_only_reads_imports_torch(python, words):
+    code = f"import sys; from torchft.cli.main import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    done = python("-c", code + "print('torch' in sys.modules)")
+    assert done.stdout.endswith("False\n")
+
+
+def test_a_closed_pipe_is_no_error():
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "torchft.cli.main", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()
+    assert listing.stderr.read() == b""
+    assert listing.wait() == 0
