@@ -1,5 +1,6 @@
 """What a run ran on: versions, git commit and devices, for run.json and error messages."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -7,7 +8,23 @@ from pathlib import Path
 
 import torch
 
+from torchft.errors import UserError
+
 TORCHFT = version("torchft-recipes")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the accelerator if there is one. UserError if it is not there."""
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"this version trains on one device, but torchrun started {world} processes; start one")
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device: {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    return device
 
 
 def versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ class WandB:
         project: str = "torchft",
         entity: str | None = None,
         name: str | None = None,
-        mode: Literal["online", "offline"] = "online",
+        mode: Literal["online", "offline"] | None = None,  # None: WANDB_MODE decides
     ) -> None:
         wandb = _extra("wandb", "wandb")
         where = {"project": project, "entity": entity, "name": name, "mode": mode, "dir": str(output_dir)}

@@ -82,23 +82,24 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path, *, title: str) -> None:
-    """Loss over steps as a picture: each step, a running mean over 5% of them, and ``eval_loss`` where there is one."""
+    """Loss over steps as a picture: each step, their mean over 5% of the run, and ``eval_loss`` where there is one."""
     from matplotlib.figure import Figure  # 0.5 s, so only when a picture is due
 
     steps, losses = _points(rows, "loss")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
+    marker = "." if len(losses) < 20 else ""
+    axes.plot(steps, losses, marker, linestyle="-", color="#9ecae1", linewidth=1, label="each step")
     if len(losses) >= 20:
-        window = max(3, len(losses) // 20)
-        mean = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-        axes.plot(steps, mean, color="#08519c", linewidth=2, label=f"mean of {window} steps")
+        half = max(1, len(losses) // 40)
+        around = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
+        axes.plot(steps, [sum(w) / len(w) for w in around], color="#08519c", linewidth=2, label="smoothed")
     eval_steps, eval_losses = _points(rows, "eval_loss")
     if eval_steps:
         axes.plot(eval_steps, eval_losses, "o-", color="#d94801", linewidth=1.5, markersize=4, label="held out")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per supervised token")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if losses or eval_losses:

@@ -86,7 +86,7 @@ def test_closing_on_a_full_disk_is_no_crash(tmp_path, caplog):
 @pytest.mark.parametrize("num_steps", [0, 1, 300])
 def test_loss_picture(tmp_path, num_steps):
     rows = [{"step": i, "loss": 2 / i} for i in range(1, num_steps + 1)] + [{"step": num_steps, "eval_loss": 1.0}]
-    draw_loss(rows, tmp_path / "loss.png", title="größe_$x$ & <b>")
+    draw_loss(rows, tmp_path / "loss.png", title=r"größe_$\bad$ & <b>")
     assert imread(tmp_path / "loss.png").shape[:2] == (675, 1200)
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 

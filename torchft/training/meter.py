@@ -1,0 +1,70 @@
+"""Loss and speed between two reports."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from torchft.modules.decoder import Decoder
+from torchft.training.environment import device_name
+from torchft.training.metrics import Row, flops_per_token, mfu, peak_flops, peak_memory_gib
+
+
+class Meter:
+    """Collects steps and turns them into a row of metrics.jsonl: means and speeds since the row before."""
+
+    def __init__(self, device: torch.device, *, flops_per_token: float) -> None:
+        self._device, self._flops = device, flops_per_token
+        self._peak = peak_flops(device_name(device))
+        self._began = time.perf_counter()
+        self._reset()
+
+    def add(self, loss: Tensor, *, tokens: int, supervised: int) -> None:
+        """One optimizer step: its mean loss per supervised token, and how many tokens of each kind it had."""
+        self._losses.append(loss)
+        self._tokens += tokens
+        self._supervised += supervised
+
+    def row(self, step: int, *, lr: float, grad_norm: Tensor) -> Row:
+        """What has come in since the last row; waits for the device."""
+        loss = torch.stack(self._losses).mean().item()
+        seconds = time.perf_counter() - self._since - self._paused
+        speed = self._tokens / seconds
+        row: Row = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens": self._tokens,
+            "supervised_tokens": self._supervised,
+            "tokens_per_second": speed,
+            "mfu": mfu(speed, self._flops, self._peak),
+            "peak_memory_gib": peak_memory_gib(self._device),
+            "time_s": time.perf_counter() - self._began,
+        }
+        self._reset()
+        return row
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not training: an evaluation, a checkpoint."""
+        self._paused += seconds
+
+    def _reset(self) -> None:
+        self._losses: list[Tensor] = []
+        self._tokens = self._supervised = 0
+        self._since, self._paused = time.perf_counter(), 0.0
+
+
+def training_flops(model: Decoder, *, seq_len: int) -> float:
+    """FLOPs per token of training ``model``; ``seq_len`` is the mean length of a document."""
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n}
+    head = [model.embed_tokens.weight] if model.lm_head is None else []  # a tied table multiplies too, as the head
+    used = [*matrices.values(), *head]
+    config = model.config
+    return flops_per_token(
+        num_matrix_params=sum(p.numel() for p in used),
+        num_trainable=sum(p.numel() for p in used if p.requires_grad),
+        num_layers=config.num_layers,
+        attention_dim=config.num_heads * config.head_dim,
+        seq_len=seq_len,
+    )
