@@ -5,13 +5,14 @@ tokens that start alike, sentencepiece finds none.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 _SPACES_BEFORE = re.compile(r"[^\S\x1c-\x1f]+$")  # what Unicode calls white space; Python's \s adds four separators
 _SPACES_AFTER = re.compile(r"[^\S\x1c-\x1f]+")
-_WORD = re.compile(r"\w")
+_WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,9 @@ class AddedTokens:
                     start = spaces.start()
                 if token.rstrip and (spaces := _SPACES_AFTER.match(text, end)):
                     end = spaces.end()
-                if start >= done:  # else the white space that it is made of was taken by the one before
-                    yield start, end, token.id
-                    done = end
+                start = max(start, done)  # a token of white space that rstrip took counts all the same
+                end = done = max(end, done)
+                yield start, end, token.id
             position += length
 
 
@@ -82,4 +83,7 @@ def _longest_first(contents: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _is_word(text: str, i: int) -> bool:
-    return 0 <= i < len(text) and _WORD.match(text[i]) is not None
+    """Whether text[i] is a word character as Rust's regexes have it: letters, marks, decimal digits, connectors."""
+    if not 0 <= i < len(text):
+        return False
+    return unicodedata.category(text[i]) in _WORD or text[i] in "\u200c\u200d" or "\u24b6" <= text[i] <= "\u24e9"

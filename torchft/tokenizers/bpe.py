@@ -25,7 +25,7 @@ PATTERNS = {
     r"""\s+(?!\S)|\s+""",
 }
 LONGEST_BLANK = 200_000  # characters of white space in a row; tiktoken's regex engine overflows its stack at about 10^6
-_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
+_BLANK = re.compile(r"\s+")
 
 
 class ByteBPE:
@@ -48,7 +48,7 @@ class ByteBPE:
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """Ids of ``text``, in which nothing is special. Raises UserError for what the vocabulary cannot hold."""
-        if len(text) > LONGEST_BLANK and _BLANK.search(text):
+        if len(text) > LONGEST_BLANK and max(map(len, _BLANK.findall(text)), default=0) > LONGEST_BLANK:
             raise UserError(f"text holds more than {LONGEST_BLANK:,} characters of white space in a row; remove them")
         ranks = self._engine.encode_ordinary(self.normalize(text))
         if not self._is_whole and max(ranks, default=0) >= self._num_ranks:

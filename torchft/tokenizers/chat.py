@@ -38,7 +38,7 @@ class Rendered:
 def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_on: str) -> list[Message]:
     """The messages as formats want them, each assistant one with ``train``. Raises UserError naming message and rule.
 
-    Keys that are None are dropped and tool-call arguments are parsed if they are JSON text (OpenAI's form).
+    With a generation prompt nothing is to be learned. Keys that are None are dropped and tool-call arguments are parsed if they are JSON text (OpenAI's form).
     """
     if train_on not in ("assistant", "last", "all"):
         raise UserError(f"train_on is {train_on!r}{nearest(train_on, ('assistant', 'last', 'all'))}; use assistant, last or all")
@@ -56,7 +56,7 @@ def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_o
             raise UserError(f"messages {i - 1} and {i} both have the role {role!r}; join them into one")
         if role == "assistant":
             default = train_on != "last" or i == answers[-1]
-            message["train"] = message.get("train", default)
+            message["train"] = not add_generation_prompt and message.get("train", default)
         elif message.pop("train", False):
             raise UserError(f"message {i}: 'train: true' on role {role!r}; only assistant messages can be chosen one by one")
     return prepared

@@ -91,7 +91,7 @@ class _Limits(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _call("concat", node.nodes)
+        return _call("paste", node.nodes)
 
 
 def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
@@ -141,7 +141,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if time.monotonic() > self.budget.deadline:
             raise SecurityError(f"it runs for more than {MAX_SECONDS:.0f} s")
 
-    def concat(self, *parts: Any) -> str:
+    def paste(self, *parts: Any) -> str:
         texts = [str(part) for part in parts]
         _check_size(sum(map(len, texts)))
         return "".join(texts)

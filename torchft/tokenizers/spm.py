@@ -27,7 +27,9 @@ Piece = tuple[str, float, int]  # text, score, type
 class SentencePieceBPE:
     """The engine of a sentencepiece vocabulary: text without added tokens <-> ids."""
 
-    def __init__(self, pieces: list[Piece], *, prefix: Prefix) -> None:
+    def __init__(self, pieces: list[Piece], path: Path, *, prefix: Prefix) -> None:
+        if (num_bytes := sum(kind == BYTE for _, _, kind in pieces)) != 256:
+            raise UserError(f"{path}: byte fallback needs 256 byte tokens, <0x00> to <0xFF>, and it has {num_bytes}")
         self.vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
         self.prefix = prefix
         self._engine = sentencepiece.SentencePieceProcessor(model_proto=_write_model(pieces))
@@ -73,15 +75,13 @@ def from_json(spec: dict[str, Any], added: set[str], path: Path, *, prefix: Pref
 
     def piece(i: int) -> Piece:
         token = names.get(i, f"<hole {i}>")
-        if token == model.get("unk_token"):
-            return token, 0.0, UNKNOWN
         if _BYTE.fullmatch(token):
             return token, 0.0, BYTE
         if token in added or (token not in rank and len(token) > 1) or i not in names:
             return token, 0.0, CONTROL  # never made from text
         return token, -float(rank.get(token, 0)), NORMAL
 
-    return SentencePieceBPE([piece(i) for i in range(max(names) + 1)], prefix=prefix)
+    return SentencePieceBPE([piece(i) for i in range(max(names) + 1)], path, prefix=prefix)
 
 
 def from_model(path: Path, *, prefix: Prefix) -> tuple[SentencePieceBPE, list[tuple[int, str, bool]]]:
@@ -99,8 +99,8 @@ def from_model(path: Path, *, prefix: Prefix) -> tuple[SentencePieceBPE, list[tu
                         "torchft knows BPE with byte fallback (Llama 2)")
     if normalizer.get(2) or normalizer.get(4, 1):
         raise UserError(f"{path}: the sentencepiece model normalizes text ({normalizer.get(1, b'').decode()!r}), which torchft does not support")
-    cut = [(i, text, kind != USER_DEFINED) for i, (text, _, kind) in enumerate(pieces) if kind in (CONTROL, USER_DEFINED)]
-    return SentencePieceBPE([(t, s, CONTROL if k == USER_DEFINED else k) for t, s, k in pieces], prefix=prefix), cut
+    cut = [(i, text, kind != USER_DEFINED) for i, (text, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    return SentencePieceBPE([(t, s, k if k in (NORMAL, BYTE) else CONTROL) for t, s, k in pieces], path, prefix=prefix), cut
 
 
 def _prefix(spec: dict[str, Any], path: Path) -> Prefix:
@@ -165,12 +165,11 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def _write_model(pieces: list[Piece]) -> bytes:
     """A BPE model of these pieces with byte fallback, which normalizes nothing and adds no space."""
-    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
-    assert unknown is not None
+    unknown = ("<no byte lacks a piece>", 0.0, UNKNOWN)  # the engine wants one; with all bytes it is never made
     out = bytearray()
-    for text, score, kind in pieces:
+    for text, score, kind in [*pieces, unknown]:
         out += _bytes(1, _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _int(3, kind))
-    out += _bytes(2, _int(3, 2) + _int(4, len(pieces)) + _int(35, 1) + _int(40, unknown))
+    out += _bytes(2, _int(3, 2) + _int(4, len(pieces) + 1) + _int(35, 1) + _int(40, len(pieces)))
     out += _bytes(3, _bytes(1, b"identity") + _int(3, 0) + _int(4, 0) + _int(5, 1))
     return bytes(out)
 

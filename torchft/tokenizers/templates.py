@@ -54,11 +54,11 @@ class TemplateChat:
         if template.has_marks:
             runs = _marked_runs(text, [t for t in train if t is not None], template.where)
         else:
-            ends = [len(messages)] if not add_generation_prompt else []
             spans = []
             for i in (i for i, wanted in enumerate(train) if wanted):
                 start = _prefix(render(i, True), text, i, template.where)
-                end = len(text) if i + 1 in ends else _prefix(render(i + 1, False), text, i, template.where)
+                is_last = i + 1 == len(messages)
+                end = len(text) if is_last else _prefix(render(i + 1, False), text, i, template.where)
                 spans.append((start, self._turn_end(text, start, end)))
             runs = _span_runs(text, spans)
         return [Segment(part, control=True, train=learned) for run, learned in runs for part in run.split(GUARD) if part]
@@ -152,9 +152,9 @@ def _prefix(head: str, text: str, i: int, where: str) -> int:
     if text.startswith(head):
         return len(head)
     raise UserError(
-        f"message {i}: the chat template of {where} renders it differently once more messages follow (it drops earlier "
-        "reasoning, for example), so what the model learns is not what it will see. Train on single turns, use "
-        "train_on: last, or give a template with {% generation %} marks"
+        f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer or "
+        "more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be told. Use "
+        "train_on: last, single turns, or a chat_format .jinja file with {% generation %} marks"
     )
 
 
@@ -173,8 +173,11 @@ def _marked_runs(text: str, train: list[bool], where: str) -> Iterator[tuple[str
     num_marks = len(runs) // 2
     if train and not num_marks:
         raise UserError(f"{where}: the chat template's {{% generation %}} marks nothing in this conversation")
-    if num_marks != len(train) and not all(train):
-        raise UserError(f"{where}: the chat template marks {num_marks} spans in {len(train)} assistant messages, so they cannot be chosen one by one")
-    learned = train if num_marks == len(train) else [True] * num_marks
+    if num_marks != len(train) and any(train) and not all(train):
+        raise UserError(
+            f"{where}: the chat template marks {num_marks} spans in {len(train)} assistant messages, so these cannot be "
+            "chosen one by one with 'train' or train_on: last"
+        )
+    learned = train if num_marks == len(train) else [any(train)] * num_marks
     for i, run in enumerate(runs):
         yield run, i % 2 == 1 and learned[i // 2]

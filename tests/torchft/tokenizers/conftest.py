@@ -1,129 +1,14 @@
-"""Small checkpoints' tokenizers of each kind, trained here, with Hugging Face's reading of them as the oracle."""
+"""Checkpoint folders of each tokenizer kind, with Hugging Face's reading of them as the oracle."""
 
-import json
-import random
-import unicodedata
 from pathlib import Path
 
 import pytest
 import sentencepiece
-import tokenizers
 import transformers
-import trl
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, byte_level, corpus, hub, write
 
 from torchft.tokenizers import bpe, load
 from torchft.tokenizers.tokenizer import Tokenizer
-
-transformers.logging.set_verbosity_error()
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-
-WORDS = (
-    "the of and to in hello world assistant system user function return don't we'll I'M 12 345 2024 foo_bar x=1; </p> "
-    "Größe Straße été naïve ſ's привет мир Здравствуйте שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดี 你好 世界 今天 "
-    "こんにちは カタカナ 안녕하세요 세계 Ελλάδα 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ½ ﬁ Å e\u0301 \u200b"
-).split()
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-]  # fmt: skip
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-QWEN_MARKUP = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
-
-
-def corpus(seed: int = 0, num_lines: int = 1500) -> list[str]:
-    rng = random.Random(seed)
-    syllables = ["ba", "ke", "ti", "no", "ru", "th", "ing", "Sch", "ö", "при", "вет", "你", "学", "한", "ノ", "שם", "नम", "ing "]
-    made = ["".join(rng.choices(syllables, k=rng.randrange(1, 5))) for _ in range(900)]
-    return [" ".join(rng.choices(WORDS + made, k=12)) + rng.choice(["", "\n", "\n\n", "  ", "\t"]) for _ in range(num_lines)]
-
-
-def random_texts(count: int, seed: int, pieces: list[str]) -> list[str]:
-    """Texts of all planes: letters, marks, ZWJ emoji, right-to-left, NUL, white space, digits, contractions, ``pieces``."""
-    rng = random.Random(seed)
-    blanks = [
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t",
-        "\x00",
-        "\x85",
-        "\xa0",
-        "\u180e",
-        "\u2003",
-        "\u2028",
-        "\u3000",
-        "\ufeff",
-        "\x1c",
-    ]
-    marks = ["\u0301", "\u0338", "\u200d", "\ufe0f", "\u0e31", "\u094d", "\u20e3", "\u1161", "\u202e", "\u2581"]
-    contractions = ["'s", "'S", "'ll", "'ſ", "n't", "I'", "'Re", "’s"]
-
-    def piece() -> str:
-        kind = rng.randrange(9)
-        if kind == 0:
-            return rng.choice(blanks) * rng.choice([1, 1, 1, 2, 7])
-        if kind == 1:
-            return rng.choice(marks)
-        if kind == 2:
-            return rng.choice(contractions)
-        if kind == 3:
-            return "".join(rng.choices("0123456789٣¾Ⅷ", k=rng.choice([1, 3, 20])))
-        if kind == 4:
-            return rng.choice(pieces)
-        if kind in (5, 6):
-            return rng.choice(WORDS)
-        point = rng.choice(
-            [rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0x10000), rng.randrange(0x110000)]
-        )
-        return chr(point) if not 0xD800 <= point < 0xE000 else "\ue000"
-
-    return ["".join(piece() for _ in range(rng.randrange(1, 14))) for _ in range(count)]
-
-
-def write(folder: Path, **files: object) -> Path:
-    """Write ``name=content`` as name.json, or name.jinja for a chat template."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        is_template = name == "chat_template"
-        path = folder / (f"{name}.jinja" if is_template else f"{name}.json")
-        path.write_text(str(content) if is_template else json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return folder
-
-
-def template(name: str) -> str:
-    """A released chat template, as trl ships it."""
-    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-def hub(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def byte_level(
-    pattern: str, *, special: list[str], markup: list[str] = (), nfc: bool = False, llama: bool = False
-) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=llama))
-    if nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == bpe.PATTERNS["GPT-2"])
-    tokenizer.pre_tokenizer = byte if pattern == bpe.PATTERNS["GPT-2"] else pre_tokenizers.Sequence([split, byte])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
-    tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in markup])
-    if llama:
-        begin = special[0]
-        template = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
-        )
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +50,3 @@ def ours(folders: dict[str, Path]) -> dict[str, Tokenizer]:
 @pytest.fixture(scope="session")
 def theirs(folders: dict[str, Path]) -> dict[str, transformers.PreTrainedTokenizerBase]:
     return {name: hub(folder) for name, folder in folders.items()}
-
-
-def nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
