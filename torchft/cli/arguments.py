@@ -17,12 +17,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """UserError for what does not fit."""
-        found, unknown = self.parse_known_intermixed_args(arguments)
-        for word in unknown:
+        for word in arguments:
             name, _, value = word.partition("=")
-            near = nearest(name, self._option_string_actions)
-            raise UserError(f"unknown option {word!r}{near or _as_config(name, value)}; see `{self.prog} --help`")
-        return found
+            if name.startswith("-") and name not in self._option_string_actions:
+                near = nearest(name, self._option_string_actions) or _as_config(name, value)
+                raise UserError(f"unknown option {word!r}{near}; see `{self.prog} --help`")
+        return self.parse_intermixed_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")

@@ -73,6 +73,7 @@ def download(repo: str, revision: str, folder: Path) -> str:
         safe_join(folder, name)
     if not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{repo} has no safetensors weights; torchft loads nothing else (pickles can run code)")
+    folder.mkdir(parents=True, exist_ok=True)
     _check_space(folder, sum(file.size or 0 for file in files.values()))
     snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=[glob.escape(name) for name in files])
     digests = {name: sha256(folder / name) for name in sorted(files)}
@@ -92,12 +93,11 @@ def is_wanted(name: str) -> bool:
 
 
 def _check_space(folder: Path, size: int) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free
-    if size - here > free:
+    missing = size - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
         raise UserError(
-            f"the files need {size / 2**30:.1f} GiB, {there} has {free / 2**30:.1f} GiB free; use --output-dir"
+            f"{folder}: {missing / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB free; use --output-dir"
         )
 
 

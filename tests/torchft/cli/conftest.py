@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -46,7 +47,10 @@ def main(config: Config) -> None:
     if config.fail == "kill" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)
     world = os.environ.get("WORLD_SIZE", "none")
-    print(f"lr={{config.lr}} steps={{config.steps}} world={{world}} torch={{'torch' in sys.modules}}", flush=True)
+    sys.stdout.write(f"lr={{config.lr}} steps={{config.steps}} world={{world}} torch={{'torch' in sys.modules}}\\n")
+    sys.stdout.flush()
+    if config.fail == "never":
+        time.sleep(60)
 
 
 if __name__ == "__main__":
