@@ -13,6 +13,7 @@ from tiny import checkpoint
 
 from torchft import models
 from torchft.errors import UserError
+from torchft.files import read_json
 from torchft.weights import INDEX, WeightFiles, write_shards
 
 
@@ -146,7 +147,7 @@ def test_shards_of_two_checkpoints(sharded):  # K12
 
 
 def edit_index(folder, change):
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX)
     change(index)
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -165,6 +166,14 @@ def test_shard_holds_more_than_the_index_says(sharded):  # K13
     save_file(load_file(path) | {"model.extra.weight": torch.ones(1)}, path)
     with pytest.raises(UserError, match=r"no place for: model\.extra\.weight"):
         models.load(sharded)
+
+
+def test_index_decides_between_copies(sharded):
+    first, last = shards(sharded)[0], shards(sharded)[-1]
+    where = read_json(sharded / INDEX)["weight_map"]
+    name = next(n for n in where if where[n] == first.name)
+    save_file(load_file(last) | {name: torch.zeros_like(load_file(first)[name])}, last)
+    assert torch.equal(WeightFiles(sharded).read(name), load_file(first)[name])
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"a": 1}])

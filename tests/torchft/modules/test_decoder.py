@@ -11,7 +11,7 @@ from torchft.hub import hub_format
 from torchft.modules.decoder import init_weights
 from torchft.modules.kv_cache import KVCache
 
-EXACT = 1e-6  # relative, for the same sums in another order
+EXACT = 3e-6  # relative, for each parameter; the measured noise of fp32 sums in another order is 1e-6
 
 
 def documents(lengths, seed=0):
