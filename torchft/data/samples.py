@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
-
 from torchft.data.messages import EmptyError, RowError, Values
 from torchft.data.sources import Row
 from torchft.errors import UserError
@@ -108,23 +106,6 @@ class Samples:
             digest.update(part)
         return digest.hexdigest()[:16]
 
-    def select(self, indices: Iterable[int]) -> "Samples":
-        """A copy of some samples, in the order given."""
-        chosen = Samples(seq_len=self.seq_len, pad_id=self.pad_id)
-        for i in indices:
-            origin, number = self.where(i).rsplit(":", 1)
-            chosen.append(self[i], origin=origin, number=int(number))
-        chosen.counts = Counts(rows=len(chosen), longest=max(chosen.lengths(), default=0))
-        return chosen
-
-
-def hold_out(samples: Samples, count: int, *, seed: int) -> tuple[Samples, Samples]:
-    """(the rest, ``count`` samples drawn at random by ``seed``): training and evaluation data from one file."""
-    if not 0 < count < len(samples):
-        raise UserError(f"cannot hold out {count} of {len(samples)} samples; at least one must be left on each side")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return samples.select(sorted(order[count:])), samples.select(sorted(order[:count]))
-
 
 def shift(tokens: list[int], train: list[bool]) -> Sample:
     """The sample that predicts every trained token from those before it."""
@@ -149,15 +130,15 @@ def collect(rows: Iterable[Row], encode: Callable[[Values], Encoded], limits: Li
     seq_len, too_long = limits.seq_len, limits.too_long
     samples = Samples(seq_len=seq_len, pad_id=pad_id)
     counts = samples.counts
-    problems: dict[str, list[str]] = {}  # problem -> the rows that have it
+    problems: list[tuple[str, str]] = []  # what, where
 
     def drop(row: Row, reason: str, problem: str = "", *, policy: str = "drop") -> None:
         counts.dropped[reason] += 1
         if policy == "error":
-            problems.setdefault(problem, []).append(f"{row.origin}:{row.number}")
+            problems.append((problem, f"{row.origin}:{row.number}"))
 
     for row in rows:
-        if sum(map(len, problems.values())) >= PROBLEMS_LIMIT:
+        if len(problems) >= PROBLEMS_LIMIT:
             break
         counts.rows += 1
         try:
@@ -189,14 +170,17 @@ def collect(rows: Iterable[Row], encode: Callable[[Values], Encoded], limits: Li
     return samples
 
 
-def _report(problems: dict[str, list[str]]) -> UserError:
-    """The first few problems, each with its first row and how many share it."""
-    shown = list(problems.items())[:PROBLEMS_SHOWN]
-    lines = [f"{rows[0]}{f' and {len(rows) - 1} more rows' if len(rows) > 1 else ''}: {p}" for p, rows in shown]
-    count = sum(map(len, problems.values()))
-    rest = count - sum(len(rows) for _, rows in shown)
-    if rest:
-        lines.append(f"{rest} other rows have problems too")
-    if count >= PROBLEMS_LIMIT:
-        lines.append(f"stopped reading after {count} bad rows")
+def _report(problems: list[tuple[str, str]]) -> UserError:
+    """The first few problems, each with its first row and how many rows share it."""
+    places: dict[str, list[str]] = {}
+    for problem, where in problems:
+        places.setdefault(problem, []).append(where)
+    lines = []
+    for problem, rows in list(places.items())[:PROBLEMS_SHOWN]:
+        others = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
+        lines.append(f"{rows[0]}{others}: {problem}")
+    if unshown := sum(map(len, list(places.values())[PROBLEMS_SHOWN:])):
+        lines.append(f"{unshown} other rows have problems too")
+    if len(problems) >= PROBLEMS_LIMIT:
+        lines.append(f"stopped reading after {len(problems)} bad rows")
     return UserError(*lines)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.data.messages import EmptyError, RowError
-from torchft.data.samples import Encoded, Limits, Sample, collect, cut, hold_out, shift
+from torchft.data.samples import Encoded, Limits, Sample, collect, cut, shift
 from torchft.data.sources import Row
 from torchft.errors import UserError
 
@@ -114,30 +114,14 @@ def test_reading_stops_when_all_is_bad():
         collect(endless(), encode, Limits(seq_len=4, too_long="truncate"), pad_id=0)
 
 
-def test_origins_and_select():
+def test_origins_and_bounds():
     rows = [Row(origin, n, {}) for origin in ("a", "b:c", "a") for n in (1, 2)]
     samples = collect(rows, lambda _: Encoded([1, 2], [True] * 2), Limits(seq_len=4, too_long="drop"), pad_id=0)
     assert [samples.where(i) for i in range(6)] == ["a:1", "a:2", "b:c:1", "b:c:2", "a:1", "a:2"]
-    chosen = samples.select([3, 0])
-    assert [chosen.where(i) for i in range(2)] == ["b:c:2", "a:1"]
-    assert chosen.counts.rows == 2 and list(chosen) == [samples[3], samples[0]]
     with pytest.raises(IndexError):
         samples[6]
     with pytest.raises(IndexError):
         samples[-1]
-
-
-def test_hold_out_is_a_seeded_partition():
-    samples = collected([([i, i], [True] * 2) for i in range(50)])
-    rest, held = hold_out(samples, 10, seed=3)
-    again = hold_out(samples, 10, seed=3)
-    where = [{s.tokens[0] for s in part} for part in (rest, held)]
-    assert len(rest) == 40 and len(held) == 10 and where[0] | where[1] == set(range(50))
-    assert (rest.fingerprint(), held.fingerprint()) == tuple(part.fingerprint() for part in again)
-    assert held.fingerprint() != hold_out(samples, 10, seed=4)[1].fingerprint()
-    for count in (0, 50):
-        with pytest.raises(UserError, match="cannot hold out"):
-            hold_out(samples, count, seed=0)
 
 
 def test_fingerprint_sees_tokens_labels_and_borders():
