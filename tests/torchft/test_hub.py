@@ -225,12 +225,20 @@ def test_check_for_nan_can_be_left_out(folder):
     assert model.layers[1].self_attn.k_proj.weight.isnan().sum() == 1
 
 
-def test_side_files_are_copied(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    (tmp_path / "modeling_evil.py").write_text("raise SystemExit")
-    (tmp_path / "out").mkdir()
-    hub.copy_side_files(tmp_path, tmp_path / "out")
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["generation_config.json"]
+@pytest.mark.parametrize(("stop_ids", "eos"), [((7,), 7), ((2, 7), [2, 7])])
+def test_side_files(tmp_path, stop_ids, eos):  # S10: no code travels
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.6}')
+    (source / "LICENSE").write_text("licence")
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    hub.save_side_files(source, out, stop_ids=stop_ids)
+    assert sorted(f.name for f in out.iterdir()) == ["LICENSE", "generation_config.json"]
+    assert read_json(out / "generation_config.json") == {"eos_token_id": eos, "temperature": 0.6}
+    (source / "generation_config.json").unlink()
+    hub.save_side_files(source, out, stop_ids=stop_ids)
+    assert read_json(out / "generation_config.json") == {"eos_token_id": eos}
 
 
 class Toy(torch.nn.Module):
