@@ -88,8 +88,8 @@ def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path
     steps, losses = _points(rows, "loss")
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    marker = "." if len(losses) < 20 else ""
-    axes.plot(steps, losses, marker, linestyle="-", color="#9ecae1", linewidth=1, label="each step")
+    marker = "." if len(losses) < 20 else None
+    axes.plot(steps, losses, marker=marker, color="#9ecae1", linewidth=1, label="each step")
     if len(losses) >= 20:
         half = max(1, len(losses) // 40)
         around = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]

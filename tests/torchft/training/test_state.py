@@ -40,35 +40,46 @@ OPTIMIZERS = {
 
 def train(m, optimizer, schedule, steps):
     for step in steps:
-        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(m[0].weight.dtype)
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(m[0].weight)
         m(x).square().mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_training_is_bit_equal(tmp_path, name, dtype):
+def assert_resume_is_exact(folder, name, dtype, device):
     factor = cosine(total_steps=8, warmup_steps=2)
-    whole = model(dtype)
+    whole = model(dtype).to(device)
     optimizer = OPTIMIZERS[name](param_groups(whole))
     schedule = attach(optimizer, factor)
     train(whole, optimizer, schedule, range(4))
-    save(tmp_path, 4, {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer)}, run_id="r")
+    save(folder, 4, {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer)}, run_id="r")
     train(whole, optimizer, schedule, range(4, 8))
 
-    resumed = model(dtype, seed=1)
+    resumed = model(dtype, seed=1).to(device)
     with torch.no_grad():
         resumed[1].bias.copy_(whole[1].bias)
     again = OPTIMIZERS[name](param_groups(resumed))
-    saved = latest(tmp_path, "r")
+    saved = latest(folder, "r")
     load_parameters(saved.open("model"), trainable(resumed))
     load_optimizer(saved.read("optimizer"), resumed, again)
     schedule = attach(again, factor, step=saved.number)
     train(resumed, again, schedule, range(4, 8))
-    for (n, p), q in zip(whole.named_parameters(), resumed.named_parameters()):
-        assert torch.equal(p, q[1]), n
+    for (n, p), q in zip(whole.named_parameters(), resumed.parameters()):
+        assert torch.equal(p, q), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resumed_training_is_bit_equal(tmp_path, name, dtype):
+    assert_resume_is_exact(tmp_path, name, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["adamw", "unfused", "muon", "adamw8bit"])
+def test_resumed_training_is_bit_equal_on_cuda(tmp_path, name):
+    assert_resume_is_exact(tmp_path, name, torch.bfloat16, "cuda")
 
 
 def test_hyperparameters_can_stay_as_configured():
