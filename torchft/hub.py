@@ -7,7 +7,7 @@ of our tensors stored as one Hub tensor per expert (Mixtral, Qwen 3 MoE, DeepSee
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import UserError
-from torchft.files import new_folder
+from torchft.files import new_folder, read_json
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
-
-# Files of a checkpoint that describe it besides weights, config.json and the tokenizer; copied on export.
-SIDE_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md")
 
 
 @dataclass(frozen=True)
@@ -146,11 +143,18 @@ def save(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy what describes a checkpoint besides its weights and tokenizer into an exported ``folder``."""
-    for name in SIDE_FILES:
+def save_side_files(source: Path, folder: Path, *, stop_ids: Sequence[int]) -> None:
+    """Copy a checkpoint's licence and generation_config.json to ``folder``, the latter ending at ``stop_ids`` too.
+
+    A base model that learnt to chat must stop where its chat format does, in transformers and vLLM as here.
+    """
+    for name in ("LICENSE", "LICENSE.txt", "USE_POLICY.md"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    path = source / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    generation["eos_token_id"] = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    (folder / path.name).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def hub_format(model: nn.Module) -> HubFormat:

@@ -54,6 +54,18 @@ def last_panel(console: Console, title: str, where: Mapping[str, str], commands:
         console.print(Text(shlex.join(arguments), style="bold"), soft_wrap=True)  # unbroken, so that it can be copied
 
 
+def answers_table(console: Console, rows: Sequence[tuple[str, ...]], title: str) -> None:
+    """Sample answers before and after training: (question, wanted answer, before, after)."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
+    for name in ("question", "wanted", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for question, want, before, after in rows:
+        cells = [Text(_visible(question)), Text(_visible(want))]
+        cells += [Text(_visible(a), style="green" if a.strip() == want.strip() else "red") for a in (before, after)]
+        table.add_row(*cells)
+    console.print(table)
+
+
 class Steps:
     """Progress of the optimizer steps: a bar on a terminal, one line per ``update`` elsewhere.
 

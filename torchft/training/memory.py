@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchft.modules.decoder import Decoder
+
 GIB = 2**30
 
 
@@ -23,6 +28,33 @@ class Estimate:
         """For a panel: name -> "1.23 GiB", the total last."""
         parts = {**vars(self), "total": self.total}
         return {name: f"{size / GIB:.2f} GiB" for name, size in parts.items()}
+
+
+def estimate_training(model: Decoder, *, tokens: int, chunk: int | None = 1024) -> Estimate:
+    """Of training ``model`` with AdamW on micro-batches of ``tokens``, from its parameters and config."""
+    parameters = list(model.parameters())
+    trainable = sum(p.nbytes for p in parameters if p.requires_grad)
+    config = model.config
+    return estimate(
+        weight_bytes=sum(map(stored_bytes, parameters)),
+        trainable_bytes=trainable,
+        optimizer_bytes=2 * trainable,
+        tokens=tokens,
+        dim=config.dim,
+        mlp_dim=config.hidden_dim,
+        num_layers=config.num_layers,
+        vocab=config.vocab_size,
+        chunk=chunk,
+        recompute=model.recompute,
+        activation_bytes=model.embed_tokens.weight.element_size(),
+    )
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes in memory: of a quantised tensor, of the tensors that it is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def estimate(

@@ -1,6 +1,8 @@
 """Loss and speed between two reports."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,9 +47,12 @@ class Meter:
         self._reset()
         return row
 
-    def pause(self, seconds: float) -> None:
-        """Time that was not training: an evaluation, a checkpoint."""
-        self._paused += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training, an evaluation or a checkpoint, so that it does not count as slow steps."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def _reset(self) -> None:
         self._losses: list[Tensor] = []

@@ -85,6 +85,11 @@ def attach(optimizer: Optimizer, factor: Factor, *, step: int = 0) -> LambdaLR:
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
+def is_due(step: int, every: int | None, total_steps: int) -> bool:
+    """Whether what happens every so many steps (None: only at the end) happens after ``step`` of them."""
+    return step == total_steps or (every is not None and step % every == 0)
+
+
 def _warmed(total_steps: int, warmup_steps: int, warmup_share: float, shape: Callable[[int, int], float]) -> Factor:
     """``step / warm-up`` during warm-up, then ``shape(done, of)`` of the steps after it; stays at its end."""
     _check_share("warmup_share", warmup_share)

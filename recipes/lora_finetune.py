@@ -1,0 +1,284 @@
+"""LoRA, rsLoRA and DoRA fine-tuning of a Hub checkpoint; QLoRA with an `nf4:` section.
+
+    tune run lora_finetune --config demo/lora                  # the demo: offline, on two CPU cores
+    tune run lora_finetune --config llama3_2/1B_lora checkpoint_dir=Llama-3.2-1B-Instruct dataset.source=my.jsonl
+    python recipes/lora_finetune.py --config my.yaml optimizer.lr=1e-4
+
+To change it: `tune cp lora_finetune my_recipe.py`, then `tune run my_recipe.py --config ...`.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from torchft import hub, models, tokenizers
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_state, num_parameters
+from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.adapters.peft import save_peft
+from torchft.cli.run import start
+from torchft.config import Component, Folder, Kind, Range, dump, plain
+from torchft.data.conversations import conversations
+from torchft.data.loader import Loader
+from torchft.data.preview import masked_tokens
+from torchft.data.summary import Summary, summarise
+from torchft.files import new_folder
+from torchft.generation.exact_match import ExactMatchConfig, answer_all, share_right, side_by_side
+from torchft.losses.likelihood import token_nll
+from torchft.modules.decoder import Decoder
+from torchft.redact import redact_tree
+from torchft.tokenizers.export import save_tokenizer
+from torchft.tokenizers.tokenizer import Tokenizer
+from torchft.training import checkpoint
+from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
+from torchft.training.disk import check_space
+from torchft.training.environment import device_name, pick_device
+from torchft.training.loggers import Loggers
+from torchft.training.memory import estimate_training
+from torchft.training.meter import Meter, training_flops
+from torchft.training.metrics import MetricsFile, draw_loss, read_rows
+from torchft.training.optim import check_finite, clip_grad_norm, param_groups
+from torchft.training.run_folder import Run, open_run
+from torchft.training.schedules import attach, is_due
+from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.usage import commands
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # What is trained, and where it goes
+    checkpoint_dir: Annotated[Path, Folder(exists=True)]  # a Hub folder: family, sizes, tokenizer and chat format
+    output_dir: Annotated[Path, Folder(writable=True)]  # checkpoints, metrics, export/
+    export: list[Literal["adapter", "merged"]] = field(default_factory=lambda: ["adapter", "merged"])
+
+    # Data
+    dataset: Dataset
+    dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
+    exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
+    seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut
+    packed: bool = False  # several samples per row: no padding, same gradients
+    batch_size: Annotated[int, Range(min=1)] = 2  # rows per device and micro-step
+    gradient_accumulation_steps: Annotated[int, Range(min=1)] = 1  # micro-steps per optimizer step
+    epochs: Annotated[int, Range(min=1)] = 1
+    max_steps: Annotated[int, Range(min=1)] | None = None  # optimizer steps, if fewer than the epochs have
+
+    # Model
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    nf4: NF4Config | None = None  # QLoRA: the frozen base in 4 bits; `nf4: {}` is all it needs
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of the computation; adapters are fp32
+    device: str = "auto"  # auto takes the accelerator if there is one
+    compile: bool = False  # torch.compile each block: faster steps, a slower first one
+    recompute: Literal["none", "full"] = "none"  # full: keep only block inputs, compute blocks again in backward
+
+    # Optimisation
+    optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
+        "torch.optim.AdamW", {"lr": 2e-4, "weight_decay": 0.0, "fused": True}
+    )
+    lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
+        "torchft.training.schedules.cosine", {"warmup_share": 0.03}
+    )
+    clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    seed: Annotated[int, Range(min=0)] = 0
+
+    # Reports and checkpoints
+    log_every: Annotated[int, Range(min=1)] = 1  # steps
+    eval_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out loss
+    resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
+        field(default_factory=list)
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if self.eval_every and not self.dataset_eval:
+            yield "eval_every: there is nothing to evaluate; give dataset_eval"
+        if not self.export:
+            yield "export: nothing would be left of the run; name adapter, merged or both"
+
+
+def build_model(config: Config, device: torch.device) -> Decoder:
+    model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
+    if config.nf4:
+        apply_nf4(model, config.nf4, device=device)
+    apply_lora(model, config.lora)
+    model.recompute = config.recompute == "full"
+    if config.compile:
+        for layer in model.layers:
+            layer.compile(fullgraph=True)
+    model.to_empty(device=device)
+    hub.load_weights(model, config.checkpoint_dir)
+    init_adapters(model)
+    return model.train()
+
+
+def build_data(config: Config, tokenizer: Tokenizer, vocab_size: int) -> tuple[Loader, Loader | None, Summary]:
+    """Batches to train on, held-out batches, and what the training data holds. Refuses data that cannot train."""
+    samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    summary = summarise(samples)
+    summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
+    pad_to = config.seq_len if config.compile and not config.packed else None  # one shape, one compilation
+    rows = {"batch_size": config.batch_size, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
+    if config.dataset_eval is None:
+        return Loader(samples, **rows), None, summary
+    held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
+    return Loader(samples, **rows), Loader(held_out, shuffle=False, **rows), summary
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
+    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``."""
+    model.eval()
+    total, supervised = 0.0, 0
+    for batch in loader:
+        batch = batch.to(device)
+        total += model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels)).sum().item()
+        supervised += batch.num_supervised
+    model.train()
+    return total / supervised
+
+
+def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """A Hub folder with the adapters merged in; in its ``adapter/`` the adapters alone, for PEFT and vLLM."""
+    with new_folder(folder) as new:
+        if "merged" in config.export:
+            hub.save(model, new, tensors=dict(merged_state(model)))
+            hub.save_side_files(config.checkpoint_dir, new, stop_ids=tokenizer.stop_ids)
+            save_tokenizer(tokenizer, new)
+        if "adapter" in config.export:
+            base = str(config.checkpoint_dir.resolve())
+            save_peft(model, new / "adapter", hub_name=hub.hub_format(model).names.rename, base_model_name_or_path=base)
+            save_tokenizer(tokenizer, new / "adapter")
+
+
+def main(config: Config) -> None:
+    device = pick_device(config.device)
+    set_seed(config.seed)
+    about = {"recipe": "lora_finetune", "checkpoint_dir": config.checkpoint_dir, "device": device_name(device)}
+    with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+        train(config, run, device)
+
+
+def train(config: Config, run: Run, device: torch.device) -> None:
+    tokenizer = tokenizers.load(config.checkpoint_dir)
+    model = build_model(config, device)
+    loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
+    exam = config.exact_match
+    questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
+
+    optimizer = config.optimizer.build(param_groups(model))
+    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    step, base = 0, base_fingerprint(config.checkpoint_dir)
+    if saved := checkpoint.latest(run.path, run.id, base=base):
+        step = saved.number
+        load_parameters(saved.open("model"), trainable(model))
+        load_optimizer(saved.read("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        loader.load_state_dict(saved.read("loader"))
+    schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
+
+    trained, total = num_parameters(model)
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    memory = estimate_training(model, tokens=config.batch_size * config.seq_len)
+    facts = {
+        "model": f"{count(total)} parameters, {config.dtype} on {device_name(device)}",
+        "trained": f"{count(trained)} ({trained / total:.2%}), LoRA rank {config.lora.rank} on {config.lora.targets}",
+        "data": str(summary),
+        "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
+        "memory": ", ".join(f"{name} {size}" for name, size in memory.lines().items()) + " (estimate)",
+        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
+    }
+    console = Console()
+    first_panel(console, "LoRA fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
+    check_space(run.path, 3 * memory.gradients, copies=config.keep_last + 2)
+    before = answer_all(model, tokenizer, questions, exam) if exam and not step else []
+
+    metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
+    about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
+    meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
+    params = [p for p in model.parameters() if p.requires_grad]
+    if saved:
+        load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
+
+    with Steps(console, total_steps, start=step) as progress:
+        while step < total_steps:
+            window = loader.take(config.gradient_accumulation_steps)  # fewer where an epoch ends
+            supervised = sum(batch.num_supervised for batch in window)
+            lr = float(optimizer.param_groups[0]["lr"])
+
+            loss = torch.zeros((), device=device)
+            for batch in window:
+                batch = batch.to(device)
+                nll = model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels))  # [b, s]
+                micro_loss = nll.sum() / supervised  # of the whole window: accumulation does not change the gradient
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            grad_norm = clip_grad_norm(params, config.clip_grad_norm)
+            rows = (loader.samples.where(i) for batch in window for i in batch.samples)
+            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)
+            row = None
+            evaluates = eval_loader is not None and is_due(step, config.eval_every, total_steps)
+            if evaluates or is_due(step, config.log_every, total_steps):
+                row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                if evaluates:
+                    with meter.paused():
+                        row["eval_loss"] = evaluate(model, eval_loader, device)
+                    progress.say(f"step {step}: held-out loss {row['eval_loss']:.4f}")
+                metrics.write(row)
+                trackers.log(step, row)
+                progress.update(step, row)
+            if is_due(step, config.save_every, total_steps):
+                with meter.paused():
+                    parts = {
+                        "model": trainable(model),
+                        "optimizer": optimizer_tree(model, optimizer),
+                        "loader": loader.state_dict(),
+                        "rng": rng_state(),
+                    }
+                    score = row.get("eval_loss") if row else None
+                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=score)
+                    checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
+                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=config.checkpoint_dir.name)
+    metrics.close()
+    trackers.close()
+
+    export = run.path / "export"
+    save(config, model, tokenizer, export)
+    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "loss": f"{run.path / 'loss.png'}"}
+    model_dir = export if "merged" in config.export else None
+    adapter_dir = export / "adapter" if "adapter" in config.export else None
+    where |= {"merged model": str(model_dir)} if model_dir else {}
+    where |= {"adapter": str(adapter_dir)} if adapter_dir else {}
+    if exam:
+        after = answer_all(model, tokenizer, questions, exam)
+        was = f"{share_right(before):.1%} before training, " if before else ""
+        where["exact match"] = f"{was}{share_right(after):.1%} after, on {len(after)} held-out questions"
+        answers_table(console, side_by_side(before, after), "Held-out questions")
+    question = questions[0][-2]["content"] if questions else "Hello!"
+    last_panel(
+        console,
+        "Done",
+        where,
+        commands(model=model_dir, adapter=adapter_dir, base=config.checkpoint_dir, question=question),
+    )
+
+
+if __name__ == "__main__":
+    start(main, Config, recipe="lora_finetune")

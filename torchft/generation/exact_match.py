@@ -1,0 +1,59 @@
+"""Exact match: the share of held-out questions that a model answers word for word, by real decoding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from torchft.config import Range
+from torchft.generation.greedy import generate
+from torchft.modules.decoder import Decoder
+from torchft.tokenizers.chat import Message
+from torchft.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatchConfig:
+    """The ``exact_match:`` section of a config: held-out conversations whose last answer is decoded and compared."""
+
+    source: str  # as a dataset's source
+    max_rows: Annotated[int, Range(min=1)] = 200
+    max_new_tokens: Annotated[int, Range(min=1)] = 64  # longer answers are cut, and count as wrong
+    batch_size: Annotated[int, Range(min=1)] = 64  # conversations decoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    question: str  # the last message before the answer
+    want: str
+    got: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.got.strip() == self.want.strip()
+
+
+def answer_all(
+    model: Decoder, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], limits: ExactMatchConfig
+) -> list[Answer]:
+    """Decode greedily what ``model`` says in place of the last message of each conversation."""
+    answers = []
+    for start in range(0, len(conversations), limits.batch_size):
+        batch = conversations[start : start + limits.batch_size]
+        prompts = [tokenizer.render(c[:-1], add_generation_prompt=True).tokens for c in batch]
+        replies = generate(model, prompts, max_new_tokens=limits.max_new_tokens, stop_ids=tokenizer.stop_ids)
+        answers += [
+            Answer(question=c[-2]["content"], want=c[-1]["content"], got=tokenizer.decode(reply))
+            for c, reply in zip(batch, replies)
+        ]
+    return answers
+
+
+def share_right(answers: Sequence[Answer]) -> float:
+    """0 to 1."""
+    return sum(a.is_right for a in answers) / len(answers)
+
+
+def side_by_side(before: Sequence[Answer], after: Sequence[Answer], *, limit: int = 5) -> list[tuple[str, ...]]:
+    """(question, wanted answer, before, after) of the first few; nothing under before if it was not measured."""
+    old = [a.got for a in before] or [""] * len(after)
+    return [(a.question, a.want, b, a.got) for b, a in zip(old, after)][:limit]
