@@ -28,6 +28,8 @@ COMPONENTS: dict[str, str] = {
     "torchao.optim.AdamW4bit": "optimizer",
     "torchao.optim.AdamW8bit": "optimizer",
     "torchao.optim.AdamWFp8": "optimizer",
+    "torchft.training.optim.MuonWithAdamW": "optimizer",
+    "torchft.training.optim.adamw": "optimizer",
     "torchft.training.schedules.constant": "lr_schedule",
     "torchft.training.schedules.cosine": "lr_schedule",
     "torchft.training.schedules.linear": "lr_schedule",

@@ -45,13 +45,14 @@ def load_parameters(saved: TensorFolder, parameters: Mapping[str, Tensor]) -> No
 
 
 def optimizer_tree(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """``{"state": {parameter name: its state}, "groups": [hyperparameters and parameter names]}``."""
+    """``{"class": name, "state": {parameter name: its state}, "groups": [hyperparameters and parameter names]}``."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     groups = [
         {k: v for k, v in group.items() if k != "param_names"} | {"params": [names[p] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
-    return {"state": {names[p]: dict(state) for p, state in optimizer.state.items()}, "groups": groups}
+    state = {names[p]: dict(state) for p, state in optimizer.state.items()}
+    return {"class": type(optimizer).__qualname__, "state": state, "groups": groups}
 
 
 def load_optimizer(
@@ -61,6 +62,11 @@ def load_optimizer(
 
     Sets the state directly, because Optimizer.load_state_dict would cast fp32 states of bf16 parameters to bf16.
     """
+    if tree["class"] != type(optimizer).__qualname__:
+        raise UserError(
+            f"the checkpoint holds the state of {tree['class']}, which {type(optimizer).__qualname__} can't take over: "
+            "resume with the same optimizer, or choose another output_dir to start anew"
+        )
     parameters = dict(model.named_parameters())
     names = {p: name for name, p in parameters.items()}
     if [g["params"] for g in tree["groups"]] != [[names[p] for p in g["params"]] for g in optimizer.param_groups]:

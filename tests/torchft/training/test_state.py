@@ -106,6 +106,14 @@ def test_other_optimizer_groups_are_refused():
         load_optimizer(tree, a, adamw([{"params": list(trainable(a).values())}]))
 
 
+def test_k19_state_of_another_optimizer_is_refused():
+    """Even where a changed config is accepted: AdamW would fail at its first step on SGD's state, or worse not."""
+    a = model()
+    tree = optimizer_tree(a, OPTIMIZERS["momentum"](param_groups(a)))
+    with pytest.raises(UserError, match="holds the state of SGD, which AdamW can't take over"):
+        load_optimizer(tree, a, adamw(param_groups(a)), hyperparameters=False)
+
+
 def test_k13_k14_k15_all_differences_and_nothing_copied(tmp_path):
     a = {"same": torch.ones(2), "shape": torch.ones(3), "dtype": torch.ones(1), "gone": torch.ones(1)}
     b = {"same": torch.zeros(2), "shape": torch.zeros(4), "dtype": torch.zeros(1).bfloat16(), "new": torch.zeros(1)}
