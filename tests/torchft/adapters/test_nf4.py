@@ -144,6 +144,7 @@ def test_n12_merged_export_is_the_dequantised_base_plus_the_adapter(tmp_path, do
 def test_an_nf4_layer_without_adapter_is_dequantised_on_export():
     linear = nn.Linear(128, 128).to(torch.bfloat16)
     merged = merged_tensor(quantised(linear), "0.weight")
+    assert type(merged) is torch.Tensor  # not NF4Tensor
     assert merged.dtype == torch.bfloat16
     assert relative(merged, linear.weight.detach()) < 0.1
 

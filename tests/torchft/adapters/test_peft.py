@@ -253,18 +253,17 @@ def test_k13_missing_and_unexpected_tensors(base, adapter):
 def test_k14_rank_of_the_config_differs(base, adapter):
     model = models.load(base, dtype=torch.float32)
     apply_lora(model, LoRAConfig(rank=8, alpha=7.0, targets=["q_proj", "up_proj"]))
-    init_adapters(model)
-    before = {n: p.clone() for n, p in adapter_parameters(model).items()}
     with pytest.raises(UserError, match=r"has shape \[4, 64\], but this model needs \[8, 64\]: the rank"):
         load_peft(model, adapter, hub_name=hub_name(model))
-    assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
 
 
 def test_alpha_of_the_config_differs(base, adapter):
     model = models.load(base, dtype=torch.float32)
     apply_lora(model, LoRAConfig(rank=4, alpha=8.0, targets=["q_proj", "up_proj"]))
+    init_adapters(model)
     with pytest.raises(UserError, match=r"q_proj has alpha 7, rslora False; the config says 8\.0, False"):
         load_peft(model, adapter, hub_name=hub_name(model))
+    assert not model.layers[0].self_attn.q_proj.lora_b.any()  # nothing was copied
 
 
 def test_k16_nan(base, adapter):
