@@ -28,20 +28,20 @@ from torchft.data.loader import Loader
 from torchft.data.preview import masked_tokens
 from torchft.data.summary import Summary, summarise
 from torchft.files import new_folder
-from torchft.generation.exact_match import ExactMatchConfig, answer_all, share_right, side_by_side
+from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import token_nll
 from torchft.modules.decoder import Decoder
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
-from torchft.training import checkpoint
+from torchft.training import checkpoint, fault
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.environment import device_name, pick_device
 from torchft.training.loggers import Loggers
 from torchft.training.memory import estimate_training
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
@@ -100,8 +100,8 @@ class Config:
     )
 
     def conflicts(self) -> Iterator[str]:
-        if self.eval_every and not self.dataset_eval:
-            yield "eval_every: there is nothing to evaluate; give dataset_eval"
+        if self.eval_every and not self.dataset_eval and not self.exact_match:
+            yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
         if not self.export:
             yield "export: nothing would be left of the run; name adapter, merged or both"
 
@@ -201,13 +201,17 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     console = Console()
     first_panel(console, "LoRA fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
     check_space(run.path, 3 * memory.gradients, copies=config.keep_last + 2)
-    before = answer_all(model, tokenizer, questions, exam) if exam and not step else []
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
     meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     params = [p for p in model.parameters() if p.requires_grad]
+    before: list[Answer] = []
+    if exam and step == 0:
+        before = answer_all(model, tokenizer, questions, exam)
+        metrics.write({"step": 0, "exact_match": share_right(before)})
+    after = before
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
@@ -215,6 +219,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         while step < total_steps:
             window = loader.take(config.gradient_accumulation_steps)  # fewer where an epoch ends
             supervised = sum(batch.num_supervised for batch in window)
+            fault.point("before_step", step=step)
             lr = float(optimizer.param_groups[0]["lr"])
 
             loss = torch.zeros((), device=device)
@@ -233,14 +238,16 @@ def train(config: Config, run: Run, device: torch.device) -> None:
             step += 1
 
             meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)
-            row = None
-            evaluates = eval_loader is not None and is_due(step, config.eval_every, total_steps)
+            row: Row = {}
+            evaluates = is_due(step, config.eval_every, total_steps)
             if evaluates or is_due(step, config.log_every, total_steps):
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
-                if evaluates:
-                    with meter.paused():
+                with meter.paused():
+                    if evaluates and eval_loader:
                         row["eval_loss"] = evaluate(model, eval_loader, device)
-                    progress.say(f"step {step}: held-out loss {row['eval_loss']:.4f}")
+                    if evaluates and exam:
+                        after = answer_all(model, tokenizer, questions, exam)
+                        row["exact_match"] = share_right(after)
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)
@@ -252,8 +259,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                         "loader": loader.state_dict(),
                         "rng": rng_state(),
                     }
-                    score = row.get("eval_loss") if row else None
-                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=score)
+                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=row.get("eval_loss"))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=config.checkpoint_dir.name)
     metrics.close()
@@ -267,7 +273,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     where |= {"merged model": str(model_dir)} if model_dir else {}
     where |= {"adapter": str(adapter_dir)} if adapter_dir else {}
     if exam:
-        after = answer_all(model, tokenizer, questions, exam)
+        after = after or answer_all(model, tokenizer, questions, exam)  # resumed after the last step
         was = f"{share_right(before):.1%} before training, " if before else ""
         where["exact match"] = f"{was}{share_right(after):.1%} after, on {len(after)} held-out questions"
         answers_table(console, side_by_side(before, after), "Held-out questions")

@@ -32,7 +32,7 @@ def is_secret(name: str) -> bool:
 def redact(text: str) -> str:
     """``text`` without what looks like a secret and without the values of this process's secret variables."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and is_secret(name):
+        if len(value) >= 8 and is_secret(name) and name not in ("PWD", "OLDPWD"):  # the shell's folders
             text = text.replace(value, REDACTED)
     return _URL_LOGIN.sub(REDACTED, _SECRET_SHAPE.sub(REDACTED, text))
 

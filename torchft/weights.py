@@ -79,6 +79,12 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path} is not a readable safetensors file: {why}") from None
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file that a group may read as it may the folder: the library makes every file 0600."""
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_shards(
     folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -97,7 +103,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({name: tensor(name).contiguous() for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

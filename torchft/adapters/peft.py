@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from torchft.adapters.fingerprint import differences, fingerprints
 from torchft.adapters.lora import LoRAConfig, LoRALinear, lora_layers
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
-from torchft.weights import open_safetensors
+from torchft.weights import open_safetensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def save_peft(model: nn.Module, folder: Path, *, hub_name: HubName, base_model_n
         log.warning("vLLM cannot serve this adapter (DoRA, or rank or alpha by layer): export the merged model for it")
     tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in _parameters(layers).items()}
     with new_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt", **fingerprints(model)})
+        save_tensors(tensors, new / WEIGHTS, metadata=fingerprints(model))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

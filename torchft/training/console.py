@@ -58,7 +58,7 @@ def answers_table(console: Console, rows: Sequence[tuple[str, ...]], title: str)
     """Sample answers before and after training: (question, wanted answer, before, after)."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
     for name in ("question", "wanted", "before", "after"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="ellipsis", no_wrap=True)
     for question, want, before, after in rows:
         cells = [Text(_visible(question)), Text(_visible(want))]
         cells += [Text(_visible(a), style="green" if a.strip() == want.strip() else "red") for a in (before, after)]

@@ -6,19 +6,17 @@ tensor may be spread over the files of several ranks and is put together again w
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.files import read_json, safe_join
 from torchft.training.tree import unflatten
-from torchft.weights import open_safetensors
+from torchft.weights import open_safetensors, save_tensors
 
 INDEX = "index.json"
 FILE_BYTES = 2 << 30  # a file's tensors are copied to host memory together
@@ -35,8 +33,7 @@ def write(
         on_host = {
             name: tensors[name].to("cpu", copy=True, memory_format=torch.contiguous_format) for name in names
         }  # copies, because safetensors refuses tensors that share memory
-        save_file(on_host, folder / file)
-        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors gives 0600, which hides it from a group
+        save_tensors(on_host, folder / file)
         for name, tensor in on_host.items():
             shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             where = {"file": file, "offset": [0] * tensor.ndim, "shape": shape}

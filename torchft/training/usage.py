@@ -1,17 +1,16 @@
 """Commands that use what a run exported, to copy from the last panel."""
 
+import json
 from pathlib import Path
 
-CHAT = (
-    "from transformers import pipeline; "
-    "print(pipeline('text-generation', {model!r})([dict(role='user', content={question!r})], max_new_tokens=64)"
-    "[0]['generated_text'][-1]['content'])"
-)
-CHAT_ADAPTER = (
-    "from transformers import AutoTokenizer as T; from peft import AutoPeftModelForCausalLM as M; t = T.from_pretrained({model!r}); "
-    "i = t.apply_chat_template([dict(role='user', content={question!r})], add_generation_prompt=True, return_tensors='pt', return_dict=True); "
-    "print(t.decode(M.from_pretrained({model!r}).generate(**i, max_new_tokens=64)[0]))"
-)
+CHAT = """from transformers import pipeline
+chat = pipeline("text-generation", {model})
+print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+CHAT_ADAPTER = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained({model}), AutoTokenizer.from_pretrained({model})
+chat = pipeline("text-generation", model, tokenizer=tokenizer)
+print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
 
 
 def commands(
@@ -20,15 +19,14 @@ def commands(
     """What one does -> argument list, for an exported Hub folder and for an adapter of ``base``; None: not exported."""
     found: dict[str, list[str]] = {}
     if model:
-        found["ask the model, with transformers"] = ["python", "-c", CHAT.format(model=str(model), question=question)]
+        code = CHAT.format(model=json.dumps(str(model)), question=json.dumps(question))
+        found["ask the model, with transformers"] = ["python", "-c", code]
         found["serve it, with vLLM"] = ["vllm", "serve", str(model)]
     if adapter:
-        found["ask base and adapter, with PEFT"] = [
-            *("python", "-c"),
-            CHAT_ADAPTER.format(model=str(adapter), question=question),
-        ]
-        found["serve base and adapter, with vLLM"] = [
-            *("vllm", "serve", str(base), "--enable-lora", "--lora-modules"),
-            f"{adapter.parent.parent.name}={adapter}",
-        ]
+        code = CHAT_ADAPTER.format(model=json.dumps(str(adapter)), question=json.dumps(question))
+        served = f"{adapter.parent.parent.name}={adapter}"
+        found["ask base and adapter, with PEFT"] = ["python", "-c", code]
+        found["serve both, with vLLM"] = [
+            "vllm", "serve", str(base), "--enable-lora", "--lora-modules", served
+        ]  # fmt: skip
     return found

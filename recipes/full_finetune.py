@@ -1,0 +1,270 @@
+"""Fine-tuning of all weights of a Hub checkpoint, or training them from scratch.
+
+    tune run full_finetune --config llama3_2/1B_full checkpoint_dir=Llama-3.2-1B-Instruct dataset.source=my.jsonl
+    tune run full_finetune --config demo/pretrain              # makes the demo's base model
+    python recipes/full_finetune.py --config my.yaml optimizer.lr=1e-5
+
+To change it: `tune cp full_finetune my_recipe.py`, then `tune run my_recipe.py --config ...`.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from torchft import hub, models, tokenizers
+from torchft.cli.run import start
+from torchft.config import Component, Folder, Kind, Range, dump, plain
+from torchft.data.conversations import conversations
+from torchft.data.loader import Loader
+from torchft.data.preview import masked_tokens
+from torchft.data.summary import Summary, summarise
+from torchft.files import new_folder
+from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
+from torchft.losses.likelihood import token_nll
+from torchft.modules.decoder import Decoder, init_weights
+from torchft.redact import redact_tree
+from torchft.tokenizers.export import save_tokenizer
+from torchft.tokenizers.tokenizer import Tokenizer
+from torchft.training import checkpoint, fault
+from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
+from torchft.training.disk import check_space
+from torchft.training.environment import device_name, pick_device
+from torchft.training.loggers import Loggers
+from torchft.training.memory import estimate_training
+from torchft.training.meter import Meter, training_flops
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.optim import check_finite, clip_grad_norm, param_groups, warn_if_frozen
+from torchft.training.run_folder import Run, open_run
+from torchft.training.schedules import attach, is_due
+from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.usage import commands
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # What is trained, and where it goes
+    checkpoint_dir: Annotated[Path, Folder(exists=True)]  # a Hub folder: family, sizes, tokenizer and chat format
+    from_scratch: bool = False  # random weights; of checkpoint_dir only config.json and the tokenizer are read
+    output_dir: Annotated[Path, Folder(writable=True)]  # checkpoints, metrics, export/
+    export_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights in export/
+
+    # Data
+    dataset: Dataset
+    dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
+    exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
+    seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut
+    packed: bool = False  # several samples per row: no padding, same gradients
+    batch_size: Annotated[int, Range(min=1)] = 2  # rows per device and micro-step
+    gradient_accumulation_steps: Annotated[int, Range(min=1)] = 1  # micro-steps per optimizer step
+    epochs: Annotated[int, Range(min=1)] = 1
+    max_steps: Annotated[int, Range(min=1)] | None = None  # optimizer steps, if fewer than the epochs have
+
+    # Model
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, gradients, optimizer states and computation
+    device: str = "auto"  # auto takes the accelerator if there is one
+    compile: bool = False  # torch.compile each block: faster steps, a slower first one
+    recompute: Literal["none", "full"] = "none"  # full: keep only block inputs, compute blocks again in backward
+
+    # Optimisation
+    optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
+        "torch.optim.AdamW", {"lr": 2e-5, "weight_decay": 0.0, "fused": True}
+    )
+    lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
+        "torchft.training.schedules.cosine", {"warmup_share": 0.03}
+    )
+    clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    seed: Annotated[int, Range(min=0)] = 0
+
+    # Reports and checkpoints
+    log_every: Annotated[int, Range(min=1)] = 1  # steps
+    eval_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out loss
+    resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
+        field(default_factory=list)
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if self.eval_every and not self.dataset_eval and not self.exact_match:
+            yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
+
+
+def build_model(config: Config, device: torch.device) -> Decoder:
+    model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
+    model.recompute = config.recompute == "full"
+    if config.compile:
+        for layer in model.layers:
+            layer.compile(fullgraph=True)
+    model.to_empty(device=device)
+    if config.from_scratch:
+        init_weights(model)
+    else:
+        hub.load_weights(model, config.checkpoint_dir)
+    return model.train()
+
+
+def build_data(config: Config, tokenizer: Tokenizer, vocab_size: int) -> tuple[Loader, Loader | None, Summary]:
+    """Batches to train on, held-out batches, and what the training data holds. Refuses data that cannot train."""
+    samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    summary = summarise(samples)
+    summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
+    pad_to = config.seq_len if config.compile and not config.packed else None  # one shape, one compilation
+    rows = {"batch_size": config.batch_size, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
+    if config.dataset_eval is None:
+        return Loader(samples, **rows), None, summary
+    held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
+    return Loader(samples, **rows), Loader(held_out, shuffle=False, **rows), summary
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
+    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``."""
+    model.eval()
+    total, supervised = 0.0, 0
+    for batch in loader:
+        batch = batch.to(device)
+        total += model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels)).sum().item()
+        supervised += batch.num_supervised
+    model.train()
+    return total / supervised
+
+
+def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """A Hub folder, which transformers and vLLM load."""
+    with new_folder(folder) as new:
+        hub.save(model, new, dtype=DTYPES[config.export_dtype])
+        hub.save_side_files(config.checkpoint_dir, new, stop_ids=tokenizer.stop_ids)
+        save_tokenizer(tokenizer, new)
+
+
+def main(config: Config) -> None:
+    device = pick_device(config.device)
+    set_seed(config.seed)
+    about = {"recipe": "full_finetune", "checkpoint_dir": config.checkpoint_dir, "device": device_name(device)}
+    with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+        train(config, run, device)
+
+
+def train(config: Config, run: Run, device: torch.device) -> None:
+    tokenizer = tokenizers.load(config.checkpoint_dir)
+    model = build_model(config, device)
+    loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
+    exam = config.exact_match
+    questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
+
+    optimizer = config.optimizer.build(param_groups(model))
+    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    step = 0
+    if saved := checkpoint.latest(run.path, run.id):
+        step = saved.number
+        load_parameters(saved.open("model"), trainable(model))
+        load_optimizer(saved.read("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        loader.load_state_dict(saved.read("loader"))
+    schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
+
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    memory = estimate_training(model, tokens=config.batch_size * config.seq_len)
+    params = list(model.parameters())
+    facts = {
+        "model": f"{count(sum(p.numel() for p in params))} parameters, {config.dtype} on {device_name(device)}",
+        "trained": "all of them" + (", from scratch" if config.from_scratch else ""),
+        "data": str(summary),
+        "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
+        "memory": ", ".join(f"{name} {size}" for name, size in memory.lines().items()) + " (estimate)",
+        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
+    }
+    console = Console()
+    first_panel(console, "Full fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
+    check_space(run.path, 3 * memory.weights, copies=config.keep_last + 2)
+
+    metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
+    about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
+    meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
+    warn_if_frozen(params, max(float(group["initial_lr"]) for group in optimizer.param_groups))
+    before: list[Answer] = []
+    if exam and step == 0:
+        before = answer_all(model, tokenizer, questions, exam)
+        metrics.write({"step": 0, "exact_match": share_right(before)})
+    after = before
+    if saved:
+        load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
+
+    with Steps(console, total_steps, start=step) as progress:
+        while step < total_steps:
+            window = loader.take(config.gradient_accumulation_steps)  # fewer where an epoch ends
+            supervised = sum(batch.num_supervised for batch in window)
+            fault.point("before_step", step=step)
+            lr = float(optimizer.param_groups[0]["lr"])
+
+            loss = torch.zeros((), device=device)
+            for batch in window:
+                batch = batch.to(device)
+                nll = model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels))  # [b, s]
+                micro_loss = nll.sum() / supervised  # of the whole window: accumulation does not change the gradient
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            grad_norm = clip_grad_norm(params, config.clip_grad_norm)
+            rows = (loader.samples.where(i) for batch in window for i in batch.samples)
+            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)
+            row: Row = {}
+            evaluates = is_due(step, config.eval_every, total_steps)
+            if evaluates or is_due(step, config.log_every, total_steps):
+                row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                with meter.paused():
+                    if evaluates and eval_loader:
+                        row["eval_loss"] = evaluate(model, eval_loader, device)
+                    if evaluates and exam:
+                        after = answer_all(model, tokenizer, questions, exam)
+                        row["exact_match"] = share_right(after)
+                metrics.write(row)
+                trackers.log(step, row)
+                progress.update(step, row)
+            if is_due(step, config.save_every, total_steps):
+                with meter.paused():
+                    parts = {
+                        "model": trainable(model),
+                        "optimizer": optimizer_tree(model, optimizer),
+                        "loader": loader.state_dict(),
+                        "rng": rng_state(),
+                    }
+                    checkpoint.save(run.path, step, parts, run_id=run.id, score=row.get("eval_loss"))
+                    checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
+                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=config.checkpoint_dir.name)
+    metrics.close()
+    trackers.close()
+
+    export = run.path / "export"
+    save(config, model, tokenizer, export)
+    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "loss": f"{run.path / 'loss.png'}"}
+    where |= {"model": str(export)}
+    if exam:
+        after = after or answer_all(model, tokenizer, questions, exam)  # resumed after the last step
+        was = f"{share_right(before):.1%} before training, " if before else ""
+        where["exact match"] = f"{was}{share_right(after):.1%} after, on {len(after)} held-out questions"
+        answers_table(console, side_by_side(before, after), "Held-out questions")
+    question = questions[0][-2]["content"] if questions else "Hello!"
+    last_panel(console, "Done", where, commands(model=export, question=question))
+
+
+if __name__ == "__main__":
+    start(main, Config, recipe="full_finetune")
