@@ -75,7 +75,7 @@ class Folder:
         above = next(p for p in (path, *path.parents) if p.exists())
         if self.exists and not path.is_dir():
             near = nearest(path.name, os.listdir(path.parent)) if above == path.parent and above.is_dir() else ""
-            return f"this folder does not exist{near}; {above} does"
+            return f"this folder does not exist{near}; {above} does. `tune download` fetches a checkpoint"
         if self.writable and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
             return f"cannot be written: {above} is read-only or not a folder"
         return ""

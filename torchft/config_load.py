@@ -32,7 +32,9 @@ def load(cls: type[C], *, recipe: str, file: Path | None, overrides: Sequence[st
     document = read(file) if file else Document(tree={})
     meant = document.tree.pop("recipe", recipe)
     if meant != recipe:
-        raise UserError(f"{file} is a config for the recipe {meant!r}, not for {recipe!r}: run it with {meant!r}")
+        raise UserError(
+            f"{file} is a config for the recipe {meant!r}, not {recipe!r}: tune run {meant} --config {file}"
+        )
     written = list(document.tree)
     document = replace(document, tree=_over_defaults(cls, document.tree))
     override(document, overrides)

@@ -61,7 +61,9 @@ def find(name: str) -> Path:
 
 def recipe_of(config: Path) -> str | None:
     """The ``recipe:`` that a config is for."""
-    found = re.search(r"^recipe:[ \t]*[\"']?([\w/.-]+)", config.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        r"^recipe:[ \t]*[\"']?([\w/.-]+)", config.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
     return found[1] if found else None
 
 
@@ -98,7 +100,7 @@ def _find(name_or_path: str, known: dict[str, Path], suffixes: tuple[str, ...], 
     if name_or_path in known:
         return known[name_or_path]
     if path.is_file() and path.suffix in suffixes:
-        return path.resolve()
+        return path
     if path.suffix in suffixes:
         near = nearest(path.with_suffix("").as_posix(), known)
         raise UserError(f"the {what} {name_or_path} does not exist{near}; `tune ls` shows what torchft ships")

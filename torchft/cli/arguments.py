@@ -12,7 +12,12 @@ class Parser(argparse.ArgumentParser):
     """Options and positional words in any order; an unknown option is an error, never ignored or guessed."""
 
     def __init__(self, verb: str, description: str) -> None:
-        super().__init__(prog=f"tune {verb}" if verb else None, description=description, allow_abbrev=False)
+        super().__init__(
+            prog=f"tune {verb}" if verb else None,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:

@@ -39,13 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with exit_on_user_error(debug="--debug" in rest):
         if verb not in VERBS:
             raise UserError(f"tune has no command {verb!r}{nearest(verb, VERBS)}; `tune --help` lists them")
-        importlib.import_module(f"torchft.cli.{verb}").main(rest)
+        try:
+            importlib.import_module(f"torchft.cli.{verb}").main(rest)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if verb == "run":
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tune ls | head`: nobody reads on
     return 0
 
 
 @contextmanager
 def exit_on_user_error(*, debug: bool) -> Iterator[None]:
-    """Turn a UserError into a message and exit code 2, Ctrl-C into 130, a closed pipe (``tune ls | head``) into 0."""
+    """Turn a UserError into a message and exit code 2, and Ctrl-C into 130."""
     try:
         yield
     except UserError as e:
@@ -57,9 +63,6 @@ def exit_on_user_error(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
-        sys.exit(0)
 
 
 def _help() -> str:

@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> None:
         _torchrun(options, command)
     else:
         sys.argv = command
-        sys.path.insert(0, str(script.parent))  # as `python script` does
+        if script not in shipped.recipes().values():
+            sys.path.insert(0, str(script.resolve().parent))  # as `python script` does, for what lies beside it
         runpy.run_path(str(script), run_name="__main__")
 
 
@@ -120,8 +121,8 @@ def find(name: str) -> tuple[Path, bool]:
 def _parser(verb: str, description: str) -> Parser:
     parser = Parser(verb, description)
     parser.add_argument("--config", metavar="CONFIG", help="name (`tune ls`) or YAML file")
-    parser.add_argument("--trust", metavar="PACKAGE", action="append", default=[], help="your own package, that the "
-                        "config may name components of")  # fmt: skip
+    trust = "your own package, whose classes and functions the config may name"
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", default=[], help=trust)
     return parser
 
 

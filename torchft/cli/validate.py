@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> None:
     """``tune validate [RECIPE] --config CONFIG [key=value ...]``"""
     parser = Parser("validate", "Check a config: names, types, ranges, conflicts, the arguments of its components.")
     parser.add_argument("--config", metavar="CONFIG", required=True, help="name (`tune ls`) or YAML file")
-    parser.add_argument("--trust", metavar="PACKAGE", action="append", default=[], help="accept names of this package "
-                        "(without importing it, so unchecked)")  # fmt: skip
+    trust = "accept the names of this package of yours; it is not imported, so they stay unchecked"
+    parser.add_argument("--trust", metavar="PACKAGE", action="append", default=[], help=trust)
     parser.add_argument("words", nargs="*", metavar="RECIPE key=value", help="recipe, if the config does not say it")
     given = parser.parse(arguments)
     file = shipped.find_config(given.config)

@@ -50,7 +50,7 @@ def test_all_three_ways_say_the_same(library, python):
         (["lr=0", "stepz=1"], 2, "error: 2 problems\n  - command line: stepz: unknown key (did you mean 'steps'?)\n"),
         (["fail=user"], 2, "error: 2 problems\n  - the data is empty\n  - the model is missing\n"),
         (["fail=interrupt"], 130, "\ninterrupted\n"),
-        (["--config", "tiny/dpo"], 2, "is a config for the recipe 'dpo', not for 'stub': run it with 'dpo'"),  # C13
+        (["--config", "tiny/dpo"], 2, "is a config for the recipe 'dpo', not 'stub': tune run dpo --config "),  # C13
         (["lr", "1"], 2, "command line: lr: expected key=value to set or ~key to remove"),
         (["--trust", "os"], 2, "--trust os: this is not your own package"),
     ],
@@ -200,3 +200,9 @@ def test_ctrl_c_ends_all_processes_with_130(library, options):
     assert started.returncode == 130
     assert "Traceback" not in err
     assert time.monotonic() - began < 10
+
+
+def test_a_broken_pipe_in_a_recipe_is_a_failure(library, tune):
+    (library / "recipes" / "stub.py").write_text("raise BrokenPipeError")
+    with pytest.raises(BrokenPipeError):
+        tune("run", "stub")

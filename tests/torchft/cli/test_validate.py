@@ -33,15 +33,18 @@ def test_s2_c16_user_code_is_not_imported_even_when_trusted(library, tune):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["dpo", "--config", "demo/stub"], "is a config for the recipe 'stub', not for 'dpo': run it with 'stub'"),
+        (["dpo", "--config", "demo/stub"], "is a config for the recipe 'stub', not 'dpo': tune run stub --config "),
         (["--config", "mine.yaml"], "mine.yaml has no 'recipe: NAME' line; name the recipe"),
         (["mine.py", "--config", "mine.yaml"], "mine.py is your own code, and validate imports none"),
         (["--config", "none.yaml"], "the config none.yaml does not exist"),
+        (["--config", "latin.yaml"], "latin.yaml has no 'recipe: NAME' line"),
+        (["stub", "--config", "latin.yaml"], "latin.yaml:1:8: byte 0xe9 is not UTF-8"),
         (["stub"], "the following arguments are required: --config"),
     ],
 )
 def test_errors(library, tune, words, message):
     Path("mine.yaml").write_text("lr: 1\n")
+    Path("latin.yaml").write_bytes(b"lr: caf\xe9")
     Path("mine.py").write_text("raise SystemExit('imported')\n")
     code, _, err = tune("validate", *words)
     assert code == 2
