@@ -1,9 +1,11 @@
+# ruff: noqa: RUF001  these letters are meant
 """Small tokenizers of each kind, trained on generated text, and random texts to try them on."""
 
 import json
 import random
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 import transformers
 import trl
@@ -14,7 +16,7 @@ from torchft.tokenizers import bpe
 transformers.logging.set_verbosity_error()
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
-WORDS = (
+WORDS = (  # noqa: SIM905  a list would take a page
     "the of and to in hello world assistant system user function return don't we'll I'M 12 345 2024 foo_bar x=1; </p> "
     "Größe Straße été naïve ſ's привет мир Здравствуйте שלום עולם مرحبا بالعالم नमस्ते दुनिया สวัสดี 你好 世界 今天 "
     "こんにちは カタカナ 안녕하세요 세계 Ελλάδα 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ½ ﬁ Å e\u0301 \u200b"
@@ -29,13 +31,34 @@ QWEN_MARKUP = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_respons
 
 def corpus(seed: int = 0, num_lines: int = 1500) -> list[str]:
     rng = random.Random(seed)
-    syllables = ["ba", "ke", "ti", "no", "ru", "th", "ing", "Sch", "ö", "при", "вет", "你", "学", "한", "ノ", "שם", "नम", "ing "]
+    syllables = [
+        "ba",
+        "ke",
+        "ti",
+        "no",
+        "ru",
+        "th",
+        "ing",
+        "Sch",
+        "ö",
+        "при",
+        "вет",
+        "你",
+        "学",
+        "한",
+        "ノ",
+        "שם",
+        "नम",
+        "ing ",
+    ]
     made = ["".join(rng.choices(syllables, k=rng.randrange(1, 5))) for _ in range(900)]
-    return [" ".join(rng.choices(WORDS + made, k=12)) + rng.choice(["", "\n", "\n\n", "  ", "\t"]) for _ in range(num_lines)]
+    return [
+        " ".join(rng.choices(WORDS + made, k=12)) + rng.choice(["", "\n", "\n\n", "  ", "\t"]) for _ in range(num_lines)
+    ]
 
 
 def random_texts(count: int, seed: int, pieces: list[str]) -> list[str]:
-    """Texts of all planes: letters, marks, ZWJ emoji, right-to-left, NUL, white space, digits, contractions, ``pieces``."""
+    """Texts of all planes: letters, marks, ZWJ emoji, right-to-left, NUL, white space, digits, ``pieces``."""
     rng = random.Random(seed)
     blanks = [
         " ",
@@ -120,3 +143,16 @@ def byte_level(
         )
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return tokenizer
+
+
+def train_sentencepiece(folder: Path) -> None:
+    """Put a tokenizer.model of Llama 2's kind into ``folder``."""
+    text = folder / "corpus.txt"
+    text.write_text("\n".join(line.strip("\n") for line in corpus()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=850,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, character_coverage=0.98, minloglevel=2,
+    )  # fmt: skip
+    text.unlink()
+    (folder / "tokenizer.vocab").unlink()

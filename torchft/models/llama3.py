@@ -124,7 +124,8 @@ def to_hub(c: LlamaConfig) -> dict[str, Any]:
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' -}}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+    {{- message['content'] | trim + '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
@@ -136,7 +137,9 @@ _RESPOND = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
-_TOOLS_IN_SYSTEM = "You have access to the following functions. To call a function, please respond with JSON for a function call."
+_TOOLS_IN_SYSTEM = (
+    "You have access to the following functions. To call a function, please respond with JSON for a function call."
+)
 _TOOLS_IN_USER = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
     "answers the given prompt.\n\n"
@@ -210,7 +213,9 @@ def _turn(role: str, text: str, *, train: bool = False) -> list[Segment]:
 
 def _tool_call(message: Message, i: int, builtin_tools: Sequence[str] | None) -> list[Segment]:
     if len(message["tool_calls"]) != 1:
-        raise UserError(f"message {i} has {len(message['tool_calls'])} tool calls; Llama 3's chat formats know one at a time")
+        raise UserError(
+            f"message {i} has {len(message['tool_calls'])} tool calls; Llama 3's chat formats know one at a time"
+        )
     function, train = message["tool_calls"][0]["function"], _is_learned(message)
     name, arguments = function["name"], function["arguments"]
     end = Segment("<|eot_id|>" if builtin_tools is None else "<|eom_id|>", control=True, train=train)

@@ -1,4 +1,4 @@
-"""Added tokens: the strings of a vocabulary that are cut out of a text before its merges run, found as Hugging Face does.
+"""Added tokens: strings of a vocabulary that are cut out of a text before its merges run, found as Hugging Face does.
 
 They are found here and not by the engines: tiktoken ignores lstrip, rstrip and single_word and takes the first of two
 tokens that start alike, sentencepiece finds none.
@@ -17,7 +17,7 @@ _WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """One added token. ``special`` ones are control tokens always; others (``<think>``) are markup that a model writes."""
+    """``special`` ones are control tokens always; others (``<think>``) are markup that a model writes."""
 
     content: str
     id: int

@@ -19,10 +19,10 @@ from torchft.tokenizers.nfc import nfc
 # and only for these are the ids known to be Hugging Face's.
 PATTERNS = {
     "GPT-2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "Llama 3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"""
-    r"""\s+(?!\S)|\s+""",
-    "Qwen 2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"""
-    r"""\s+(?!\S)|\s+""",
+    "Llama 3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "Qwen 2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
 }
 LONGEST_BLANK = 200_000  # characters of white space in a row; tiktoken's regex engine overflows its stack at about 10^6
 _BLANK = re.compile(r"\s+")
@@ -111,7 +111,9 @@ def merge_order(model: dict[str, Any], path: Path) -> list[str]:
         if not (left in model["vocab"] and right in model["vocab"] and product in model["vocab"]):
             raise UserError(f"{path}: the merge {left!r} + {right!r} uses a token that is not in the vocabulary")
         if product != last and product in products:
-            raise UserError(f"{path}: the merges that make {product!r} are not next to each other; torchft cannot order them")
+            raise UserError(
+                f"{path}: the merges that make {product!r} are not next to each other; torchft cannot order them"
+            )
         products[product] = None
         last = product
     return list(products)
@@ -130,7 +132,9 @@ def _pattern(spec: dict[str, Any], path: Path) -> str:
         ]:
             if regex in PATTERNS.values():
                 return regex
-            raise UserError(f"{path}: pre_tokenizer splits by an unknown regex, {regex!r}; known: {', '.join(PATTERNS)}")
+            raise UserError(
+                f"{path}: pre_tokenizer splits by an unknown regex, {regex!r}; known: {', '.join(PATTERNS)}"
+            )
     described = " then ".join(str(step) for step in steps)
     raise UserError(f"{path}: unknown pre_tokenizer {described}; torchft knows those of {', '.join(PATTERNS)}")
 
@@ -142,7 +146,9 @@ def _is_nfc(spec: dict[str, Any], path: Path) -> bool:
         case {"type": "NFC"} | {"type": "Sequence", "normalizers": [{"type": "NFC"}]}:
             return True
         case other:
-            raise UserError(f"{path}: unknown normalizer {other}; with a byte-level vocabulary torchft knows NFC and none")
+            raise UserError(
+                f"{path}: unknown normalizer {other}; with a byte-level vocabulary torchft knows NFC and none"
+            )
 
 
 def _byte_alphabet() -> dict[int, str]:

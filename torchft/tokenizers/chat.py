@@ -1,4 +1,4 @@
-"""Conversations: the segments that a chat format makes of one, their ids with a loss mask, and the rules they must keep.
+"""Conversations: the segments that a chat format makes of one, what they render to, and the rules they must keep.
 
 A chat format is a function in its family's file, of registry kind "chat_format":
 ``chat(messages, *, tools=None, add_generation_prompt=False, **options) -> list[Segment]``.
@@ -38,10 +38,13 @@ class Rendered:
 def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_on: str) -> list[Message]:
     """The messages as formats want them, each assistant one with ``train``. Raises UserError naming message and rule.
 
-    With a generation prompt nothing is to be learned. Keys that are None are dropped and tool-call arguments are parsed if they are JSON text (OpenAI's form).
+    With a generation prompt nothing is to be learned. Keys that are None are dropped, and tool-call
+    arguments that are JSON text (OpenAI's form) are parsed.
     """
     if train_on not in ("assistant", "last", "all"):
-        raise UserError(f"train_on is {train_on!r}{nearest(train_on, ('assistant', 'last', 'all'))}; use assistant, last or all")
+        raise UserError(
+            f"train_on is {train_on!r}{nearest(train_on, ('assistant', 'last', 'all'))}; use assistant, last or all"
+        )
     if not messages:
         raise UserError("the conversation has no messages")
     prepared = [_message(i, message) for i, message in enumerate(messages)]
@@ -58,7 +61,9 @@ def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_o
             default = train_on != "last" or i == answers[-1]
             message["train"] = not add_generation_prompt and message.get("train", default)
         elif message.pop("train", False):
-            raise UserError(f"message {i}: 'train: true' on role {role!r}; only assistant messages can be chosen one by one")
+            raise UserError(
+                f"message {i}: 'train: true' on role {role!r}; only assistant messages can be chosen one by one"
+            )
     return prepared
 
 
@@ -68,7 +73,9 @@ def join_parts(content: Any, index: int) -> str:
         return str(content)
     for part in content:
         if part.get("type") != "text":
-            raise UserError(f"message {index}: content has a part of type {part.get('type')!r}; this model reads only text")
+            raise UserError(
+                f"message {index}: content has a part of type {part.get('type')!r}; this model reads only text"
+            )
     return "".join(part["text"] for part in content)
 
 
@@ -83,7 +90,9 @@ def _message(i: int, message: Message) -> Message:
     if content is None and not (role == "assistant" and message.get("tool_calls")):
         raise UserError(f"message {i} ({role}): has no content")
     if not (content is None or isinstance(content, str) or role in ("tool", "ipython") or _is_parts(content)):
-        raise UserError(f"message {i} ({role}): content must be text or a list of parts, found {type(content).__name__}")
+        raise UserError(
+            f"message {i} ({role}): content must be text or a list of parts, found {type(content).__name__}"
+        )
     if not isinstance(message.get("train", False), bool):
         raise UserError(f"message {i} ({role}): 'train' must be true or false, found {message['train']!r}")
     if "tool_calls" in message:
@@ -92,7 +101,9 @@ def _message(i: int, message: Message) -> Message:
 
 
 def _is_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content)
+    return isinstance(content, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text", ""), str) for p in content
+    )
 
 
 def _tool_call(i: int, call: Any) -> dict[str, Any]:

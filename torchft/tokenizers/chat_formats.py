@@ -1,7 +1,8 @@
-"""Which chat format a checkpoint gets: a family's own where it says exactly what the template says, else the template."""
+"""Which chat format a checkpoint gets: a family's own if it renders just what the template does, else the template."""
 
 import importlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,15 @@ def choose(
     folder: Path, config: dict[str, Any], name: str | None, special: dict[str, str], added: AddedTokens
 ) -> tuple[ChatFormat | None, str | None]:
     """The chat format of a checkpoint and its template, or (None, None) when it has no chat."""
-    sources, where = _named(name) if name else _own(folder, config)
+    sources, where = _named(name, folder, added) if name else _own(folder, config)
     if not sources:
         family = next((f for f, tokens in MARKS_OF.items() if all(t in added.by_content for t in tokens)), None)
         if family is None:
             return None, None
-        log.info("%s has no chat template; its control tokens are those of %s, so that chat format is used", folder, family)
-        sources, where = _named(family)
+        log.info(
+            "%s has no chat template; its control tokens are those of %s, so that chat format is used", folder, family
+        )
+        sources, where = _named(family, folder, added)
     template = TemplateChat(sources, where, special, added)
     return native(template) or template, sources["default"]
 
@@ -68,6 +71,12 @@ def native(template: TemplateChat) -> ChatFormat | None:
     return None
 
 
+def _missing(chat: ChatFormat, added: AddedTokens) -> list[str]:
+    """The control tokens that a format writes and a vocabulary lacks, so that they would be spelled out as text."""
+    written = "".join(segment.text for segment in chat([_USER, _ANSWER]) if segment.control)
+    return sorted({token for token in re.findall(r"<[^<>\s]+>", written) if token not in added.by_content})
+
+
 def _attempt(chat: Callable[..., Any], messages: list[Message], options: dict[str, Any]) -> str | None:
     """What ``chat`` renders; None where it refuses."""
     prompt = options.get("add_generation_prompt", False)
@@ -78,7 +87,7 @@ def _attempt(chat: Callable[..., Any], messages: list[Message], options: dict[st
     return rendered if isinstance(rendered, str) else "".join(segment.text for segment in rendered)
 
 
-def _named(name: str) -> tuple[dict[str, str], str]:
+def _named(name: str, folder: Path, added: AddedTokens) -> tuple[dict[str, str], str]:
     """The template that the user names: a file, or a family's."""
     if name.endswith(".jinja"):
         return {"default": _text(Path(name).expanduser())}, name
@@ -86,7 +95,12 @@ def _named(name: str) -> tuple[dict[str, str], str]:
     family = name.split(".")[-2] if name in families.values() else name
     if family not in families:
         raise UserError(
-            f"unknown chat_format {name!r}{nearest(name, families)}; known: {', '.join(families)}, or the path of a .jinja file"
+            f"unknown chat_format {name!r}{nearest(name, families)}; known: {', '.join(families)}, "
+            "or the path of a .jinja file"
+        )
+    if missing := _missing(registry.resolve(families[family]), added):
+        raise UserError(
+            f"chat_format {family} needs {', '.join(missing)}, which the vocabulary of {folder} does not have"
         )
     module = importlib.import_module(families[family].rpartition(".")[0])
     return {"default": module.CHAT_TEMPLATE}, f"chat_format {family}"

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -81,7 +81,9 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         return _from_json(path, config)
     path = folder / "tokenizer.model"
     if not path.is_file():
-        raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model; `tune download ORG/MODEL` fetches them")
+        raise UserError(
+            f"{folder} has neither tokenizer.json nor tokenizer.model; `tune download ORG/MODEL` fetches them"
+        )
     head = path.open("rb").read(200)
     if kind := what_is(head):
         raise UserError(f"{path} is {kind}")
@@ -91,7 +93,11 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
 def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
     spec = read_json(path)
     model = spec.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+    if (
+        not isinstance(model, dict)
+        or not isinstance(model.get("vocab"), dict)
+        or not isinstance(model.get("merges"), list)
+    ):
         kind = model.get("type") if isinstance(model, dict) else None
         raise UserError(f"{path}: unknown model type {kind!r}; torchft knows BPE")
     if model.get("type", "BPE") != "BPE":
@@ -104,11 +110,17 @@ def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
     elif model.get("byte_fallback"):
         is_llama = _class(config) == "LlamaTokenizer"  # transformers 5 then disregards what the file says about spaces
         if not is_llama and spec.get("normalizer") and any(e.get("normalized") for e in entries):
-            raise UserError(f"{path}: an added token is marked 'normalized' and the normalizer changes it; set tokenizer_class to LlamaTokenizer")
+            raise UserError(
+                f"{path}: an added token is marked 'normalized' and the normalizer changes it; "
+                "set tokenizer_class to LlamaTokenizer"
+            )
         engine = spm.from_json(spec, set(added), path, prefix=_llama_prefix(config) if is_llama else None)
         named = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
     else:
-        raise UserError(f"{path}: unknown pre_tokenizer {spec.get('pre_tokenizer')}; torchft knows byte-level BPE and BPE with byte fallback")
+        raise UserError(
+            f"{path}: unknown pre_tokenizer {spec.get('pre_tokenizer')}; torchft knows byte-level BPE and BPE with "
+            "byte fallback"
+        )
     before, after = _affixes(spec.get("post_processor"), path)
     return Vocabulary(engine=engine, vocab=model["vocab"], added=added, before=before, after=after, named=named)
 
@@ -131,7 +143,9 @@ def _from_tiktoken(path: Path) -> Vocabulary:
     return Vocabulary(engine=engine, vocab={}, added=added, before=(first,), after=(), named=named)
 
 
-def _added(folder: Path, config: dict[str, Any], vocabulary: Vocabulary, named: dict[str, str]) -> dict[str, AddedToken]:
+def _added(
+    folder: Path, config: dict[str, Any], vocabulary: Vocabulary, named: dict[str, str]
+) -> dict[str, AddedToken]:
     """The vocabulary's added tokens and those that the configs add. UserError for one without an id."""
     added = dict(vocabulary.added)
     for i, entry in (config.get("added_tokens_decoder") or {}).items():
@@ -143,10 +157,12 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: Vocabulary, named: 
             continue
         if content in vocabulary.vocab:
             added[content] = AddedToken(content=content, id=vocabulary.vocab[content], special=True)
-        elif name == "pad_token":
-            log.warning("%s: pad_token %r is not in the vocabulary; padding with eos instead", folder, content)
+        elif name in NAMED and name not in ("bos_token", "eos_token"):
+            log.warning("%s: %s %r is not in the vocabulary and is left out", folder, name, content)
         else:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {content!r} is not in the vocabulary, so it has no id")
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: {name} {content!r} is not in the vocabulary, so it has no id"
+            )
     return added
 
 
@@ -173,7 +189,9 @@ def _affixes(node: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
                     else:
                         side += special[item["SpecialToken"]["id"]]["ids"]
             case _:
-                raise UserError(f"{path}: unknown post_processor {step['type']!r}; torchft knows TemplateProcessing and ByteLevel")
+                raise UserError(
+                    f"{path}: unknown post_processor {step['type']!r}; torchft knows TemplateProcessing and ByteLevel"
+                )
     return tuple(before), tuple(after)
 
 

@@ -27,7 +27,10 @@ MAX_SECONDS = 10.0  # a long conversation takes milliseconds
 START, END = "\udc01", "\udc02"  # around what {% generation %} marks
 GUARD = "\udc03"  # put inside a string that must not act as a control token
 
-_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError, MemoryError)  # fmt: skip
+_FAILURES = (  # what a template's own mistakes raise
+    jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 class Template:
@@ -44,7 +47,9 @@ class Template:
             self.variables = meta.find_undeclared_variables(self._environment.parse(source))
         except _FAILURES as e:
             raise UserError(f"{where}: the chat template does not compile: {_describe(e)}") from None
-        self.has_marks = any(START in data.data for data in self._environment.parse(source).find_all(nodes.TemplateData))
+        self.has_marks = any(
+            START in data.data for data in self._environment.parse(source).find_all(nodes.TemplateData)
+        )
 
     def __reduce__(self) -> tuple[type["Template"], tuple[str, str]]:
         return Template, (self.source, self.where)
@@ -59,7 +64,9 @@ class Template:
                 size += len(part)
                 _check_size(size)
         except _FAILURES as e:
-            raise UserError(f"{self.where}: the chat template cannot render this conversation: {_describe(e)}") from None
+            raise UserError(
+                f"{self.where}: the chat template cannot render this conversation: {_describe(e)}"
+            ) from None
         return "".join(parts)
 
 
@@ -102,7 +109,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     # these make a huge string of two small arguments
     _huge_filters = ("batch", "center", "format", "indent", "slice", "wordwrap", "xmlattr")
-    _huge_methods = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"})
+    _huge_methods = frozenset({"center", "expandtabs", "ljust", "rjust", "translate", "zfill"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -116,6 +123,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:  # jinja2's hook before it compiles
         return super()._generate(_Limits().visit(source), *args, **kwargs)
 
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("str.format is not allowed here")
+        return None
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in self._huge_methods)
 
@@ -124,7 +136,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             case str(text), "replace":
                 return _replace(text, *args, **kwargs)
             case str(text), "join":
-                return _join(*args, text)
+                return _join(args[0], text)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -164,7 +176,9 @@ def _join(value: Any, d: str = "", attribute: str | None = None) -> str:
     return d.join(texts)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:  # fmt: skip
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     _check_size((indent or 0) * 1000)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

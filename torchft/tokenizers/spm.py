@@ -92,35 +92,47 @@ def from_model(path: Path, *, prefix: Prefix) -> tuple[SentencePieceBPE, list[tu
         trainer = dict(_fields(next(value for number, value in fields if number == 2)))
         normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
     except (IndexError, ValueError, StopIteration, struct.error, UnicodeDecodeError, TypeError):
-        raise UserError(f"{path} is neither a sentencepiece model nor a list of base64 tokens: download it again") from None
+        raise UserError(
+            f"{path} is neither a sentencepiece model nor a list of base64 tokens: download it again"
+        ) from None
     if trainer.get(3, 1) != 2 or not trainer.get(35, 0):
         kind = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}.get(trainer.get(3, 1), "unknown")
-        raise UserError(f"{path}: a sentencepiece model of kind {kind} with{'' if trainer.get(35) else 'out'} byte fallback; "
-                        "torchft knows BPE with byte fallback (Llama 2)")
+        raise UserError(
+            f"{path}: a sentencepiece model of kind {kind} with{'' if trainer.get(35) else 'out'} byte fallback; "
+            "torchft knows BPE with byte fallback (Llama 2)"
+        )
     if normalizer.get(2) or normalizer.get(4, 1):
-        raise UserError(f"{path}: the sentencepiece model normalizes text ({normalizer.get(1, b'').decode()!r}), which torchft does not support")
-    cut = [(i, text, kind != USER_DEFINED) for i, (text, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    return SentencePieceBPE([(t, s, k if k in (NORMAL, BYTE) else CONTROL) for t, s, k in pieces], path, prefix=prefix), cut
+        raise UserError(
+            f"{path}: the sentencepiece model normalizes text ({normalizer.get(1, b'').decode()!r}), which torchft "
+            "does not support"
+        )
+    cut = [
+        (i, text, kind != USER_DEFINED)
+        for i, (text, _, kind) in enumerate(pieces)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    return SentencePieceBPE(
+        [(t, s, k if k in (NORMAL, BYTE) else CONTROL) for t, s, k in pieces], path, prefix=prefix
+    ), cut
 
 
 def _prefix(spec: dict[str, Any], path: Path) -> Prefix:
     """Where tokenizer.json puts the space before a text."""
-    match spec.get("normalizer"), spec.get("pre_tokenizer"):
-        case None, {"type": "Metaspace", "replacement": "▁", "split": False, **rest} if rest.get("prepend_scheme") in (
-            "never",
-            "first",
-            "always",
-        ):
-            return rest["prepend_scheme"]
-        case {"type": "Sequence", "normalizers": [*steps]}, None:
-            match steps:
-                case [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
-                    return "forced"
-                case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]:
-                    return "never"
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    schemes: list[Prefix] = ["never", "first", "always"]
+    by_pre_tokenizer: list[tuple[Any, Any, Prefix]] = [(None, metaspace | {"prepend_scheme": s}, s) for s in schemes]
+    for normalizer, pre_tokenizer, prefix in [
+        *by_pre_tokenizer,
+        ({"type": "Sequence", "normalizers": [prepend, replace]}, None, "forced"),
+        ({"type": "Sequence", "normalizers": [replace]}, None, "never"),
+    ]:
+        if (spec.get("normalizer"), spec.get("pre_tokenizer")) == (normalizer, pre_tokenizer):
+            return prefix
     raise UserError(
-        f"{path}: unknown normalizer {spec.get('normalizer')} with pre_tokenizer {spec.get('pre_tokenizer')}; with byte "
-        "fallback torchft knows Metaspace without split, and Prepend and Replace of a space (Llama 2)"
+        f"{path}: unknown normalizer {spec.get('normalizer')} with pre_tokenizer {spec.get('pre_tokenizer')}; with "
+        "byte fallback torchft knows Metaspace without split, and Prepend and Replace of a space (Llama 2)"
     )
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's own chat template as a chat format: its text as segments, the learned spans found.
 
-Spans come from the template's ``{% generation %}`` marks, else from rendering prefixes of the conversation: what follows
-the generation prompt, to the end of the turn, is what the model must produce. A template that renders a prefix
+Spans come from the template's ``{% generation %}`` marks, else from rendering prefixes of the conversation: what
+follows the generation prompt, to the end of the turn, is what the model must produce. A template that renders a prefix
 differently once more messages follow has no such spans, and is refused.
 """
 
@@ -31,12 +31,17 @@ class TemplateChat:
         self._guards = {special_only: _Guard(added, special_only) for special_only in (False, True)}
         self._parts = not self._can_render([{"role": "user", "content": PROBE}])
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": PROBE}}}
-        dialogue = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        self._text_arguments = False
-        self._text_arguments = not self._can_render(dialogue) and self._can_render([*dialogue[:1], _text_calls(dialogue[1])])
+        ask: Message = {"role": "user", "content": "x"}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        self._text_arguments = not self._can_render([ask, answer]) and self._can_render([ask, _text_calls(answer)])
 
     def __call__(
-        self, messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False, **options: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
     ) -> list[Segment]:
         """The conversation's segments. Raises UserError when the template refuses it or its spans cannot be found."""
         template = self._template(tools)
@@ -59,9 +64,13 @@ class TemplateChat:
                 start = _prefix(render(i, True), text, i, template.where)
                 is_last = i + 1 == len(messages)
                 end = len(text) if is_last else _prefix(render(i + 1, False), text, i, template.where)
+                if start == end and (messages[i].get("content") or "tool_calls" in messages[i]):
+                    raise UserError(f"message {i}: {template.where} renders nothing of it to learn")
                 spans.append((start, self._turn_end(text, start, end)))
             runs = _span_runs(text, spans)
-        return [Segment(part, control=True, train=learned) for run, learned in runs for part in run.split(GUARD) if part]
+        return [
+            Segment(part, control=True, train=learned) for run, learned in runs for part in run.split(GUARD) if part
+        ]
 
     def text(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as the template renders it, and nothing else."""
@@ -73,10 +82,14 @@ class TemplateChat:
     def _check(self, template: Template, messages: Sequence[Message], options: dict[str, Any]) -> None:
         if unknown := set(options) - template.variables:
             name = min(unknown)
-            raise UserError(f"{template.where}: the chat template has no option {name!r}{nearest(name, template.variables)}")
+            raise UserError(
+                f"{template.where}: the chat template has no option {name!r}{nearest(name, template.variables)}"
+            )
         for i, message in enumerate(messages):
             if "tool_calls" in message and "tool_calls" not in template.source:
-                raise UserError(f"message {i} calls a tool, but the chat template of {template.where} cannot render tool calls")
+                raise UserError(
+                    f"message {i} calls a tool, but the chat template of {template.where} cannot render tool calls"
+                )
 
     def _adapt(self, i: int, message: Message) -> Message:
         """The message as this template reads it, with the control tokens in its strings disarmed."""
@@ -97,7 +110,9 @@ class TemplateChat:
     def _can_render(self, messages: list[Message]) -> bool:
         variables = {"tools": None, "documents": None, **self.special}
         try:
-            return PROBE in self.templates["default"].render(messages=messages, add_generation_prompt=False, **variables)
+            return PROBE in self.templates["default"].render(
+                messages=messages, add_generation_prompt=False, **variables
+            )
         except UserError:
             return False
 
@@ -130,7 +145,9 @@ class _Guard:
             return [self.copy(item) for item in value]
         if value is None or isinstance(value, bool | int | float):
             return value
-        raise UserError(f"a message holds a {type(value).__name__}; only text, numbers, lists and mappings can be rendered")
+        raise UserError(
+            f"a message holds a {type(value).__name__}; only text, numbers, lists and mappings can be rendered"
+        )
 
 
 def _any(strings: Iterable[str]) -> re.Pattern[str]:
@@ -142,7 +159,13 @@ def _text_calls(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
@@ -152,9 +175,9 @@ def _prefix(head: str, text: str, i: int, where: str) -> int:
     if text.startswith(head):
         return len(head)
     raise UserError(
-        f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer or "
-        "more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be told. Use "
-        "train_on: last, single turns, or a chat_format .jinja file with {% generation %} marks"
+        f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer "
+        "or more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be "
+        "told. Use train_on: last, single turns, or a chat_format .jinja file with {% generation %} marks"
     )
 
 
@@ -175,8 +198,8 @@ def _marked_runs(text: str, train: list[bool], where: str) -> Iterator[tuple[str
         raise UserError(f"{where}: the chat template's {{% generation %}} marks nothing in this conversation")
     if num_marks != len(train) and any(train) and not all(train):
         raise UserError(
-            f"{where}: the chat template marks {num_marks} spans in {len(train)} assistant messages, so these cannot be "
-            "chosen one by one with 'train' or train_on: last"
+            f"{where}: the chat template marks {num_marks} spans in {len(train)} assistant messages, so these cannot "
+            "be chosen one by one with 'train' or train_on: last"
         )
     learned = train if num_marks == len(train) else [any(train)] * num_marks
     for i, run in enumerate(runs):

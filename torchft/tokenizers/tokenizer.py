@@ -1,5 +1,6 @@
 """The Tokenizer: text <-> ids, and conversations -> ids with a loss mask."""
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchft.errors import UserError
+from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
 from torchft.tokenizers.bpe import ByteBPE
 from torchft.tokenizers.chat import Message, Rendered, Segment, prepare
@@ -35,7 +37,8 @@ class Tokenizer:
 
     def __init__(
         self, engine: ByteBPE | SentencePieceBPE, added: AddedTokens, special: SpecialIds, *,
-        files: Sequence[Path] = (), chat: ChatFormat | None = None, chat_template: str | None = None, stop_ids: Sequence[int] = (),
+        files: Sequence[Path] = (), chat: ChatFormat | None = None, chat_template: str | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._engine = engine
         self._added = added
@@ -69,7 +72,7 @@ class Tokenizer:
         return self._files
 
     def encode(self, text: str, *, add_special_tokens: bool = False, control: bool = True) -> list[int]:
-        """Ids of ``text``, Hugging Face's exactly. ``control=False``: a control token in it is plain text (user data)."""
+        """Ids of ``text``, as Hugging Face's. ``control=False``: a control token in it is plain text (user data)."""
         tokens = self._encode([Segment(text, control=control)]).tokens
         return [*self._special.before, *tokens, *self._special.after] if add_special_tokens else tokens
 
@@ -78,14 +81,14 @@ class Tokenizer:
         return self._engine.decode(list(ids), self._added_text)
 
     def render(
-        self, messages: Sequence[Message], *, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False,
-        train_on: str = "assistant", **options: Any,
+        self, messages: Sequence[Message], *, tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False, train_on: str = "assistant", **options: Any,
     ) -> Rendered:  # fmt: skip
         """The ids of a conversation and which of them are to be learned.
 
         Args:
-            train_on: "assistant" (every assistant message and its end-of-turn token), "last" (the last one), "all" (every
-                token). ``"train": bool`` in an assistant message overrides the first two.
+            train_on: "assistant" (every assistant message and its end-of-turn token), "last" (the last one), "all"
+                (every token). ``"train": bool`` in an assistant message overrides the first two.
             options: what the chat template reads besides, for example ``date_string``.
 
         Raises UserError, with the message's index and the rule, for a conversation that cannot be rendered.
@@ -95,6 +98,7 @@ class Tokenizer:
                 "this checkpoint has no chat template and its control tokens belong to no known format; name one with "
                 "chat_format (llama2, llama3, or the path of a .jinja file)"
             )
+        _check_options(self._chat, options)
         prepared = prepare(messages, add_generation_prompt=add_generation_prompt, train_on=train_on)
         segments = self._chat(prepared, tools=tools, add_generation_prompt=add_generation_prompt, **options)
         rendered = self._encode(segments)
@@ -102,10 +106,12 @@ class Tokenizer:
         return Rendered(rendered.tokens, train, sum(map(self._num_escaped, prepared)))
 
     def _encode(self, segments: Sequence[Segment]) -> Rendered:
-        """Control tokens are cut out of the control segments; the rest is encoded in runs that cross segment borders."""
+        """Control tokens are cut out of control segments; the rest is encoded in runs that cross segment borders."""
         text = "".join(segment.text for segment in segments)
         if not text.isascii() and (bad := _SURROGATE.search(text)):
-            raise UserError(f"text holds a lone surrogate ({bad[0]!r} at character {bad.start()}), which is not valid Unicode")
+            raise UserError(
+                f"text holds a lone surrogate ({bad[0]!r} at character {bad.start()}), which is not valid Unicode"
+            )
         wanted = bytearray().join(bytes([s.train]) * len(s.text) for s in segments)  # of each character
         tokens: list[int] = []
         train: list[bool] = []
@@ -130,7 +136,7 @@ class Tokenizer:
         return Rendered(tokens, train)
 
     def _learned(self, text: str, wanted: bytearray, ids: list[int], at_start: bool) -> Iterator[bool]:
-        """Whether each token overlaps a wanted character. Tokens end between bytes, so the mask is stretched to bytes."""
+        """Whether each token overlaps a wanted character. Tokens may end inside one, so the mask goes to bytes."""
         mask = bytearray()
         for end in [i for i in range(1, len(text)) if wanted[i] != wanted[i - 1]] + [len(text)]:
             num_bytes = len(self._engine.normalize(text[:end]).encode())
@@ -160,6 +166,15 @@ class Tokenizer:
             for text in _strings(message)
             for _, _, token in self._added.find(text, [(len(text), True)])
         )
+
+
+def _check_options(chat: ChatFormat, options: dict[str, Any]) -> None:
+    """A family's format names its options in its signature; a template checks them itself."""
+    parameters = inspect.signature(chat).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in options if not takes_any else ():
+        if name not in parameters:
+            raise UserError(f"the chat format has no option {name!r}{nearest(name, parameters)}")
 
 
 def _strings(value: Any) -> Iterator[str]:

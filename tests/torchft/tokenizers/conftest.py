@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import transformers
-from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, byte_level, corpus, hub, write
+from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, byte_level, hub, train_sentencepiece, write
 
 from torchft.tokenizers import bpe, load
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -31,14 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders["llama2"],
         tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True},
     )
-    text = root / "corpus.txt"
-    text.write_text("\n".join(line.strip("\n") for line in corpus()), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folders["llama2"] / "tokenizer"), model_type="bpe", vocab_size=850,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        allow_whitespace_only_pieces=True, character_coverage=0.98, minloglevel=2,
-    )  # fmt: skip
-    (folders["llama2"] / "tokenizer.vocab").unlink()
+    train_sentencepiece(folders["llama2"])
     return folders
 
 

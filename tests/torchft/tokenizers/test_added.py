@@ -39,7 +39,9 @@ def test_flags_are_hugging_faces(pair):
     # code points newer than Python's tables are letters to Rust's and unassigned to Python's: not compared
     texts = [text for text in random_texts(4000, 5, pieces) if all(map(is_assigned, text))]
     texts += ["<a><b>", "x <l> y", "<r>  <l> ", "word,word words _word", "a    b", "\u2003<lr>\x1c<lr>\n"]
-    assert [tokenizer.encode(text) for text in texts] == [e.ids for e in hub.encode_batch(texts, add_special_tokens=False)]
+    assert [tokenizer.encode(text) for text in texts] == [
+        e.ids for e in hub.encode_batch(texts, add_special_tokens=False)
+    ]
 
 
 def test_white_space_tokens_are_ordinary_text(pair):

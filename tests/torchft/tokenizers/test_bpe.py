@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
 from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, corpus, hub, random_texts, write
+
 from torchft.errors import UserError
 from torchft.tokenizers import bpe, load
 from torchft.tokenizers.nfc import nfc
@@ -149,7 +149,9 @@ BAD_PARTS = {
         ]}
     },
     "unknown normalizer .*NFKC": {"normalizer": {"type": "NFKC"}},
-    "unknown post_processor 'BertProcessing'": {"post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}},
+    "unknown post_processor 'BertProcessing'": {
+        "post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}
+    },
     "unknown model type 'Unigram'": {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
 }  # fmt: skip
 
@@ -188,7 +190,9 @@ def test_nfc_is_that_of_tokenizers():
     oracle = tokenizers.normalizers.NFC()
     text = "M\u1aca\u0334"
     assert nfc(text) == oracle.normalize_str(text) == text
-    for text in random_texts(3000, 4, ["\u1aca", "\U00011938", "\u07fd", "\u0898\u0316", "e\u0301", "\u1100\u1161\u11a8"]):
+    for text in random_texts(
+        3000, 4, ["\u1aca", "\U00011938", "\u07fd", "\u0898\u0316", "e\u0301", "\u1100\u1161\u11a8"]
+    ):
         assert nfc(text) == oracle.normalize_str(text)
 
 

@@ -62,7 +62,11 @@ def test_ids_are_transformers(name, folders, tmp_path):
     got = [tokenizer.encode(text) for text in texts]
     assert got == wanted
     assert tokenizer.encode("Hello", add_special_tokens=True) == oracle("Hello").input_ids
-    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (len(oracle), oracle.eos_token_id, oracle.bos_token_id)
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (
+        len(oracle),
+        oracle.eos_token_id,
+        oracle.bos_token_id,
+    )
     if name != "metaspace never":  # the decoder in this file still strips one
         assert [tokenizer.decode(ids) for ids in got] == [oracle.decode(ids) for ids in wanted]
 
@@ -107,7 +111,11 @@ def test_other_sentencepiece_models_are_refused(folders, tmp_path):
     text.write_text("\n".join(line.strip() for line in corpus(num_lines=300)), encoding="utf-8")
     options = {"input": str(text), "minloglevel": 2, "hard_vocab_limit": False}
     for name, message, more in [
-        ("unigram", "of kind Unigram with byte fallback", {"model_type": "unigram", "byte_fallback": True, "vocab_size": 500}),
+        (
+            "unigram",
+            "of kind Unigram with byte fallback",
+            {"model_type": "unigram", "byte_fallback": True, "vocab_size": 500},
+        ),
         ("plain", "of kind BPE without byte fallback", {"model_type": "bpe", "vocab_size": 400}),
         ("nfkc", "normalizes text", {"model_type": "bpe", "byte_fallback": True, "vocab_size": 500}),
     ]:
@@ -119,7 +127,9 @@ def test_other_sentencepiece_models_are_refused(folders, tmp_path):
 
 def test_a_broken_model_is_refused(folders, tmp_path):
     whole = (folders["llama2"] / "tokenizer.model").read_bytes()
-    for i, data in enumerate([whole[:1000], b"\n\xff\xff\xff", b"\nnot a model at all", b"version https://git-lfs.github.com/spec/v1"]):
+    for i, data in enumerate(
+        [whole[:1000], b"\n\xff\xff\xff", b"\nnot a model at all", b"version https://git-lfs.github.com/spec/v1"]
+    ):
         folder = write(tmp_path / str(i), config={})
         (folder / "tokenizer.model").write_bytes(data)
         with pytest.raises(UserError, match=r"tokenizer\.model"):
