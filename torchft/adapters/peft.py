@@ -115,7 +115,7 @@ def load_peft(model: nn.Module, folder: Path, *, hub_name: HubName, check_base: 
         problems.append(f"lacks {len(missing)} tensors of the model's adapters, such as {missing[:3]}")
     if extra := [key for key in tensors if key not in parameters]:
         problems.append(f"holds {len(extra)} tensors that the model has no adapter for, such as {extra[:3]}")
-    for key in parameters.keys() & tensors.keys():
+    for key in [key for key in parameters if key in tensors]:
         got, want = list(tensors[key].shape), list(parameters[key].shape)
         if got != want:
             problems.append(f"{key} has shape {got}, but this model needs {want}: the rank or the base is another")
