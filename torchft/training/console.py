@@ -58,11 +58,10 @@ def answers_table(console: Console, rows: Sequence[tuple[str, ...]], title: str)
     """Sample answers before and after training: (question, wanted answer, before, after)."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
     for name in ("question", "wanted", "before", "after"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
-    for question, want, before, after in rows:
-        cells = [Text(_visible(question)), Text(_visible(want))]
-        cells += [Text(_visible(a), style="green" if a.strip() == want.strip() else "red") for a in (before, after)]
-        table.add_row(*cells)
+        table.add_column(name, overflow="fold")
+    for question, want, *answers in rows:
+        colours = ["", "", *("green" if answer.strip() == want.strip() else "red" for answer in answers)]
+        table.add_row(*(Text(_short(text), style=c) for text, c in zip((question, want, *answers), colours)))
     console.print(table)
 
 
@@ -174,6 +173,11 @@ def _columns(facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(Text(name), Text(redact(value)))
     return table
+
+
+def _short(text: str, limit: int = 60) -> str:
+    text = _visible(text)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _visible(token: str) -> str:
