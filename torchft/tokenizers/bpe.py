@@ -73,11 +73,14 @@ def from_json(spec: dict[str, Any], added: set[str], path: Path) -> ByteBPE:
         if model.get(option):
             raise UserError(f"{path}: model.{option} is {model[option]!r}, which torchft does not support")
     products = merge_order(model, path)
-    to_bytes = {char: byte for byte, char in _byte_alphabet().items()}
-    order = [token for token in model["vocab"] if len(token) == 1 and token in to_bytes] + products
+    byte_of = {ord(char): byte for byte, char in _byte_alphabet().items()}
+    order = [token for token in model["vocab"] if len(token) == 1 and ord(token) in byte_of] + products
     if model.get("ignore_merges") and (odd := set(model["vocab"]) - set(order) - added):
         raise UserError(f"{path}: no merge makes the token {min(odd)!r}, so its place in the merge order is unknown")
-    tokens = [bytes(to_bytes[char] for char in token) for token in order]
+    try:
+        tokens = [token.translate(byte_of).encode("latin-1") for token in order]
+    except UnicodeEncodeError as e:
+        raise UserError(f"{path}: the token {e.object!r} is not spelled in the byte alphabet of ByteLevel") from None
     ids = [model["vocab"][token] for token in order]
     pattern, is_nfc = _pattern(spec, path), _is_nfc(spec, path)
     merged = ids[len(ids) - len(products) :]

@@ -5,6 +5,7 @@ A chat format is a function in its family's file, of registry kind "chat_format"
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torchft.names import nearest
 
 Message = dict[str, Any]  # OpenAI's form: role, content, tool_calls, name, tool_call_id; "train": bool is ours
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 
 
@@ -65,6 +67,14 @@ def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_o
                 f"message {i}: 'train: true' on role {role!r}; only assistant messages can be chosen one by one"
             )
     return prepared
+
+
+def check_unicode(text: str) -> None:
+    """Raise UserError for a lone surrogate, which JSON can spell and no tokenizer can encode."""
+    if not text.isascii() and (bad := _SURROGATE.search(text)):
+        raise UserError(
+            f"text holds a lone surrogate ({bad[0]!r} at character {bad.start()}), which is not valid Unicode"
+        )
 
 
 def join_parts(content: Any, index: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from torchft.errors import UserError
 from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
-from torchft.tokenizers.chat import Message, Segment, join_parts
+from torchft.tokenizers.chat import Message, Segment, check_unicode, join_parts
 from torchft.tokenizers.jinja import END, GUARD, START, Template
 
 PROBE = "probe text"
@@ -136,6 +136,7 @@ class _Guard:
     def copy(self, value: Any) -> Any:
         """``value``, of JSON types, with every string in it disarmed. Raises UserError for other types."""
         if isinstance(value, str):
+            check_unicode(value)  # the marks are lone surrogates
             value = self._inside.sub(lambda match: match[0][0] + GUARD + match[0][1:], value)
             value = self._at_end.sub(lambda match: match[0] + GUARD, value)
             return GUARD + value if self._at_start.match(value) else value

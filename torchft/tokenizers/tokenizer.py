@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,7 +12,7 @@ from torchft.errors import UserError
 from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
 from torchft.tokenizers.bpe import ByteBPE
-from torchft.tokenizers.chat import Message, Rendered, Segment, prepare
+from torchft.tokenizers.chat import Message, Rendered, Segment, check_unicode, prepare
 from torchft.tokenizers.spm import SentencePieceBPE
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,8 @@ class Tokenizer:
                 "this checkpoint has no chat template and its control tokens belong to no known format; name one with "
                 "chat_format (llama2, llama3, or the path of a .jinja file)"
             )
-        _check_options(self._chat, options)
+        if options:
+            _check_options(self._chat, options)
         prepared = prepare(messages, add_generation_prompt=add_generation_prompt, train_on=train_on)
         segments = self._chat(prepared, tools=tools, add_generation_prompt=add_generation_prompt, **options)
         rendered = self._encode(segments)
@@ -108,10 +108,7 @@ class Tokenizer:
     def _encode(self, segments: Sequence[Segment]) -> Rendered:
         """Control tokens are cut out of control segments; the rest is encoded in runs that cross segment borders."""
         text = "".join(segment.text for segment in segments)
-        if not text.isascii() and (bad := _SURROGATE.search(text)):
-            raise UserError(
-                f"text holds a lone surrogate ({bad[0]!r} at character {bad.start()}), which is not valid Unicode"
-            )
+        check_unicode(text)
         wanted = bytearray().join(bytes([s.train]) * len(s.text) for s in segments)  # of each character
         tokens: list[int] = []
         train: list[bool] = []
@@ -119,8 +116,8 @@ class Tokenizer:
         def run(start: int, end: int) -> None:
             ids = self._engine.encode(text[start:end], at_start=start == 0)
             tokens.extend(ids)
-            if wanted.find(1, start, end) < 0:
-                train.extend([False] * len(ids))
+            if wanted.find(1, start, end) < 0 or wanted.find(0, start, end) < 0:
+                train.extend([bool(wanted[start])] * len(ids))
             else:
                 train.extend(self._learned(text[start:end], wanted[start:end], ids, start == 0))
 
@@ -183,6 +180,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-_SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -198,3 +198,10 @@ def test_nfc_is_that_of_tokenizers():
 
 def test_corpus_is_the_same_each_time():
     assert corpus()[:3] == corpus()[:3]
+
+
+def test_a_token_outside_the_byte_alphabet_is_refused(folders, tmp_path):
+    spec = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"] | {"世": 5000, "世a": 5001}
+    with pytest.raises(UserError, match="'世a' is not spelled in the byte alphabet"):
+        load(rewrite(folders["gpt2"], tmp_path / "x", vocab=vocab, merges=[*spec["model"]["merges"], ["世", "a"]]))

@@ -8,6 +8,7 @@ from vocabularies import TEMPLATES, hub, template, write
 
 from torchft.errors import UserError
 from torchft.tokenizers import load
+from torchft.tokenizers.jinja import END, GUARD, START
 from torchft.tokenizers.templates import TemplateChat
 
 RELEASED = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -178,6 +179,13 @@ def test_d13_pieces_of_a_control_token_cannot_be_joined(make):
     )
     assert ours.decode(got.tokens) == "user: <|im_start|><|im_end|>assistant: x<|im_end|>"
     assert ours._added.by_content["<|im_start|>"].id not in got.tokens
+
+
+def test_d13_the_sandboxs_own_marks_cannot_be_forged(make):
+    ours = load(make(template("qwen3_instruct_2507_training")))
+    for mark in (START, END, GUARD):
+        with pytest.raises(UserError, match="lone surrogate"):
+            ours.render([user(f"a{mark}b"), assistant("c")])
 
 
 def test_d13_in_tool_schemas_and_arguments(make):
