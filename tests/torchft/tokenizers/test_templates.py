@@ -181,6 +181,14 @@ def test_d13_pieces_of_a_control_token_cannot_be_joined(make):
     assert ours._added.by_content["<|im_start|>"].id not in got.tokens
 
 
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}start|>", "<|im_{{ messages[0].content }}"])
+def test_d13_text_cannot_complete_a_control_token_with_the_templates(source, make):
+    ours = load(make(source))
+    got = ours.render([user("<|im_" if source.endswith("start|>") else "start|>")], add_generation_prompt=True)
+    assert ours.decode(got.tokens) == "<|im_start|>"
+    assert ours._added.by_content["<|im_start|>"].id not in got.tokens
+
+
 def test_d13_the_sandboxs_own_marks_cannot_be_forged(make):
     ours = load(make(template("qwen3_instruct_2507_training")))
     for mark in (START, END, GUARD):
