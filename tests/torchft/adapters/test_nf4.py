@@ -56,8 +56,9 @@ def trained_adapters(model, seed=3):
     init_adapters(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+        for name, parameter in adapter_parameters(model).items():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.copy_(parameter + noise if name.endswith("magnitude") else noise)  # A is drawn on its device
     return model
 
 
