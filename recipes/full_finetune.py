@@ -60,6 +60,7 @@ class Config:
 
     # Data
     dataset: Dataset
+    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
     exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut
@@ -158,7 +159,7 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, run: Run, device: torch.device) -> None:
-    tokenizer = tokenizers.load(config.checkpoint_dir)
+    tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     model = build_model(config, device)
     loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
     exam = config.exact_match

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 
 from torchft import hub, models, tokenizers
-from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_state, num_parameters
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_tensor, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.peft import save_peft
 from torchft.cli.run import start
@@ -59,9 +59,11 @@ class Config:
     checkpoint_dir: Annotated[Path, Folder(exists=True)]  # a Hub folder: family, sizes, tokenizer and chat format
     output_dir: Annotated[Path, Folder(writable=True)]  # checkpoints, metrics, export/
     export: list[Literal["adapter", "merged"]] = field(default_factory=lambda: ["adapter", "merged"])
+    export_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights in export/
 
     # Data
     dataset: Dataset
+    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
     exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut
@@ -152,7 +154,8 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
     """A Hub folder with the adapters merged in; in its ``adapter/`` the adapters alone, for PEFT and vLLM."""
     with new_folder(folder) as new:
         if "merged" in config.export:
-            hub.save(model, new, tensors=dict(merged_state(model)))
+            dtype = DTYPES[config.export_dtype]
+            hub.save(model, new, dtype=dtype, read=partial(merged_tensor, model, dtype=dtype))  # merged in fp32
             hub.save_side_files(config.checkpoint_dir, new, stop_ids=tokenizer.stop_ids)
             save_tokenizer(tokenizer, new)
         if "adapter" in config.export:
@@ -170,7 +173,7 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, run: Run, device: torch.device) -> None:
-    tokenizer = tokenizers.load(config.checkpoint_dir)
+    tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     model = build_model(config, device)
     loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
     exam = config.exact_match

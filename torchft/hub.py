@@ -7,7 +7,7 @@ of our tensors stored as one Hub tensor per expert (Mixtral, Qwen 3 MoE, DeepSee
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,27 +104,27 @@ def save(
     folder: Path | str,
     *,
     dtype: torch.dtype | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write ``model`` as a Hub folder (config.json and safetensors), whole or not at all; an existing one is replaced.
 
-    ``dtype``: of the stored tensors (None = as they are). ``tensors``: our full parameters by name when they are not
-    the model's own, such as merged adapters. Bit-exact inverse of ``models.load`` in the same dtype. Raises UserError
-    rather than replace a folder that holds something else.
+    ``dtype``: of the stored tensors (None = as they are). ``read``: gives a full parameter by our name where it is not
+    the model's own, such as one with its adapter merged in; called for one shard at a time. Bit-exact inverse of
+    ``models.load`` in the same dtype. Raises UserError rather than replace a folder that holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a checkpoint: it would be lost; give another path or delete it")
-    hub, params = hub_format(model), dict(base_parameters(model) if tensors is None else tensors)
+    hub, params = hub_format(model), base_parameters(model)
     plan: dict[str, list[tuple[str, int | None]]] = {}  # Hub name -> our names (and expert), in row order
     for piece in sorted(pieces(params, hub.names), key=lambda p: p.rows.start or 0):
         for expert, name in enumerate(piece.hub):
             plan.setdefault(name, []).append((piece.name, expert if len(piece.hub) > 1 else None))
 
     def part(name: str, expert: int | None) -> Tensor:
-        tensor = params[name].detach() if expert is None else params[name].detach()[expert]
-        return tensor.to(dtype or tensor.dtype)
+        tensor = read(name) if read else params[name].detach()
+        return (tensor if expert is None else tensor[expert]).to(dtype or params[name].dtype)
 
     def num_bytes(name: str, expert: int | None) -> int:
         tensor = params[name] if expert is None else params[name][expert]
