@@ -27,6 +27,7 @@ MAX_SECONDS = 10.0  # a long conversation takes milliseconds
 START, END = "\udc01", "\udc02"  # around what {% generation %} marks
 GUARD = "\udc03"  # put inside a string that must not act as a control token
 
+_SIZED = (str, list, tuple)
 _FAILURES = (  # what a template's own mistakes raise
     jinja2.TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError,
     MemoryError,
@@ -44,6 +45,7 @@ class Template:
         self._environment = _Sandbox()
         try:
             self._template = self._environment.from_string(source)
+            self._template.globals = dict(self._template.globals)  # not a ChainMap, which a render walks twice
             self.variables = meta.find_undeclared_variables(self._environment.parse(source))
         except _FAILURES as e:
             raise UserError(f"{where}: the chat template does not compile: {_describe(e)}") from None
@@ -87,22 +89,25 @@ class _Generation(Extension):
 
 
 class _Limits(NodeTransformer):
-    """Puts the clock into every loop and macro, and the size check into ``~``."""
+    """Puts the clock into every loop and macro, and the size check into ``~``.
+
+    As filters, which compiled code calls at once; each call of a function goes through the sandbox's checks.
+    """
 
     def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", [])))
+        node.body.insert(0, nodes.ExprStmt(_filter("tick", nodes.Const(None))))
         return node
 
     visit_Macro = visit_CallBlock = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _call("paste", node.nodes)
+        return _filter("paste", nodes.List(node.nodes))
 
 
-def _call(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+def _filter(name: str, argument: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(argument, name, [], [], None, None)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -118,7 +123,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now, "dict": _dict}
         for name in self._huge_filters:
             del self.filters[name]
-        self.filters |= {"tojson": _tojson, "replace": _replace, "join": _join}
+        self.filters |= {"tojson": _tojson, "replace": _replace, "join": _join, "tick": self.tick, "paste": _paste}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:  # jinja2's hook before it compiles
         return super()._generate(_Limits().visit(source), *args, **kwargs)
@@ -140,28 +145,30 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sized = [x for x in (left, right) if isinstance(x, str | list | tuple)]
-        if operator == "+" and len(sized) == 2:
-            _check_size(len(left) + len(right))
-        elif operator == "*" and sized:
-            _check_size(len(sized[0]) * next((x for x in (left, right) if isinstance(x, int)), 0))
-        elif operator == "**" or (operator == "%" and isinstance(left, str)):
+        if operator == "+":
+            if isinstance(left, _SIZED) and isinstance(right, _SIZED):
+                _check_size(len(left) + len(right))
+        elif operator == "*":  # of numbers too: squared often enough, one fills the memory
+            sizes = [len(x) if isinstance(x, _SIZED) else x for x in (left, right)]
+            _check_size(sizes[0] * sizes[1])
+        elif operator == "**" or isinstance(left, str):
             raise SecurityError(f"the operator {operator} is not allowed here")
         return super().call_binop(context, operator, left, right)
 
-    def tick(self) -> None:
+    def tick(self, _: None) -> None:
         if time.monotonic() > self.budget.deadline:
             raise SecurityError(f"it runs for more than {MAX_SECONDS:.0f} s")
-
-    def paste(self, *parts: Any) -> str:
-        texts = [str(part) for part in parts]
-        _check_size(sum(map(len, texts)))
-        return "".join(texts)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_TEXT:
         raise SecurityError(f"it makes a text of {size:,} characters; the limit is {MAX_TEXT:,}")
+
+
+def _paste(parts: list[Any]) -> str:
+    texts = [str(part) for part in parts]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
 
 
 def _replace(text: Any, old: str, new: str, count: int = -1) -> str:

@@ -94,6 +94,7 @@ def test_s8_loops_end_in_a_thread(monkeypatch):
         "{% set ns = namespace(s=['x', 'x']) %}{% for i in range(99) %}{% set ns.s = [ns.s|join] * 2 %}{% endfor %}",
         "{% set s = 'x' * 9999999 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
         "{{ lipsum(9999999) }}",
+        "{% set ns = namespace(n=9) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     ],
 )
 def test_s8_texts_end(source):
