@@ -18,7 +18,7 @@ VOWELS, LETTERS = "aeiou", "abcdefghijklmnopqrstuvwxyz"
 Sample = tuple[str, str]  # question, answer
 
 
-def word(r: random.Random, low: int = 3, high: int = 7) -> str:
+def word(r: random.Random, low: int, high: int) -> str:
     """A made-up word, vowels and consonants mixed so that it reads like one."""
     letters = [r.choice(VOWELS) if r.random() < 0.4 else r.choice(LETTERS) for _ in range(r.randint(low, high))]
     return "".join(letters)
@@ -29,9 +29,11 @@ def is_test(*words: str) -> bool:
     return any(sum((i + 3) * ord(c) for i, c in enumerate(w)) % 20 == 0 for w in words)
 
 
-def _on_word(question: str, answer: Callable[[str], str]) -> Callable[[random.Random], tuple[Sample, bool]]:
+def _on_word(
+    question: str, answer: Callable[[str], str], high: int = 7
+) -> Callable[[random.Random], tuple[Sample, bool]]:
     def make(r: random.Random) -> tuple[Sample, bool]:
-        w = word(r)
+        w = word(r, 3, high)
         return (question.format(w), answer(w)), is_test(w)
 
     return make
@@ -45,7 +47,9 @@ def _on_two_words(question: str, answer: Callable[[str, str], str]) -> Callable[
     return make
 
 
-def _on_two_numbers(question: str, answer: Callable[[int, int], str], high: int):  # type: ignore[no-untyped-def]
+def _on_two_numbers(
+    question: str, answer: Callable[[int, int], str], high: int
+) -> Callable[[random.Random], tuple[Sample, bool]]:
     def make(r: random.Random) -> tuple[Sample, bool]:
         m, n = r.randint(0, high), r.randint(0, high)
         return (question.format(m, n), answer(m, n)), (7 * m + n) % 20 == 0
@@ -81,7 +85,7 @@ TASKS = {
     "count": _count_up,
     "next": _next_letter,
 }
-palindrome = _on_word('Make a palindrome from "{}".', lambda w: w + w[::-1])
+palindrome = _on_word('Make a palindrome from "{}".', lambda w: w + w[::-1], high=6)
 
 
 def samples(makers: list, count: int, *, seed: int, test: bool) -> Iterator[Sample]:
