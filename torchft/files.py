@@ -63,10 +63,8 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     """Write ``path`` whole or not at all: a temporary file beside it, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,23 +72,47 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` (replacing an older one) when the block ends without an error."""
+    """A temporary folder that becomes ``folder`` (replacing an older one) when the block ends without an error.
+
+    For one process at a time: what a killed one left of ``folder`` is cleared away first.
+    """
+    folder = folder.resolve()  # of a link, what it points to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    clear_leftovers(folder)
+    _partial(folder).mkdir()
     try:
-        yield new
-        for path in new.rglob("*"):
-            _fsync(path)
-        _fsync(new)
+        yield _partial(folder)
+        for path in (*_partial(folder).rglob("*"), _partial(folder)):
+            sync(path)
         if folder.exists():
-            os.replace(folder, old)  # two renames: a kill between them leaves the older one whole under this name
-        os.replace(new, folder)
-        _fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, _replaced(folder))
+        os.replace(_partial(folder), folder)
+        sync(folder.parent)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        clear_leftovers(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder. A kill on the way leaves no half of it under its name."""
+    os.replace(folder, _partial(folder))
+    clear_leftovers(folder)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Undo what a killed ``new_folder`` or ``remove_folder`` left undone; ``folder`` is whole or absent then."""
+    if _replaced(folder).exists() and not folder.exists():  # killed between the two renames
+        os.replace(_replaced(folder), folder)
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sha256(path: Path) -> str:
@@ -111,9 +133,9 @@ def what_is(head: bytes) -> str:
     return ""
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,16 @@ import pytest
 
 from torchft import files
 from torchft.errors import UserError
-from torchft.files import atomic_write, new_folder, read_json, safe_join, sha256, what_is
+from torchft.files import (
+    atomic_write,
+    clear_leftovers,
+    new_folder,
+    read_json,
+    remove_folder,
+    safe_join,
+    sha256,
+    what_is,
+)
 
 OUTSIDE = [
     "", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "//host/x",
@@ -157,9 +167,40 @@ def test_new_folder_killed_loses_nothing(tmp_path, moves):  # K1, K2
     assert "old" in tree(tmp_path).values()
     assert folder.exists() == (moves < 1)
     assert not folder.exists() or tree(folder) == {"x": "old"}
-    with new_folder(folder) as new:  # the next one is not disturbed by what is left
-        (new / "x").write_text("newer")
-    assert tree(folder) == {"x": "newer"}
+    clear_leftovers(folder)
+    assert tree(tmp_path) == {"export/x": "old"}
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_new_folder_clears_what_a_killed_one_left(tmp_path):
+    for name in (".export.partial", ".export.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("old")
+    with new_folder(tmp_path / "export") as new:
+        assert tree(tmp_path) == {"export/x": "old"} and os.listdir(new) == []
+        (new / "y").write_text("new")
+    assert tree(tmp_path) == {"export/y": "new"}
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_new_folder_behind_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "export").symlink_to("disk")
+    for text in ("one", "two"):
+        with new_folder(tmp_path / "export") as new:
+            (new / text).write_text(text)
+    assert tree(tmp_path / "disk") == {"two": "two"}
+    assert sorted(os.listdir(tmp_path)) == ["disk", "export"]
+
+
+def test_remove_folder_killed_leaves_no_half(tmp_path, monkeypatch):
+    (tmp_path / "step").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed there
+    remove_folder(tmp_path / "step")
+    assert os.listdir(tmp_path) == [".step.partial"]
+    monkeypatch.undo()
+    clear_leftovers(tmp_path / "step")
+    assert os.listdir(tmp_path) == []
 
 
 def test_sha256(tmp_path):

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from torchft.errors import UserError
-from torchft.files import read_json, sha256
+from torchft.files import clear_leftovers, new_folder, read_json, remove_folder, sha256
 from torchft.training import fault, shards
-from torchft.training.disk import space_message, sync
+from torchft.training.disk import space_message
 from torchft.training.environment import TORCHFT
 from torchft.training.shards import TensorFolder
 from torchft.training.tree import flatten
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{6,})")
-_LEFTOVER = re.compile(r"\.(step_\d{6,})\.(tmp|old|del)-\d+")
+_LEFTOVER = re.compile(r"\.(step_\d{6,}|export)\.(partial|replaced)")  # of a killed save, prune or export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,22 +138,17 @@ def prune(output_dir: Path, run_id: str, *, newest: int, keep_last: int) -> None
     keep = {s.number for s in (*whole[-keep_last:], best(whole)) if s}
     for step in whole:
         if step.number not in keep:
-            doomed = step.path.with_name(f".{step.path.name}.del-{os.getpid()}")
-            os.rename(step.path, doomed)  # first, so that a half-deleted folder never looks like a step
-            shutil.rmtree(doomed)
+            remove_folder(step.path)
 
 
 def clean(output_dir: Path) -> None:
     """Removes what killed processes left half-done, and says how much. Only for the holder of the folder's lock."""
     freed = 0
-    for entry in os.scandir(output_dir):
-        if not (match := _LEFTOVER.fullmatch(entry.name)) or not entry.is_dir(follow_symlinks=False):
-            continue
-        if match[2] == "old" and not (output_dir / match[1]).exists():
-            os.rename(entry.path, output_dir / match[1])  # killed between the two renames of a swap
-            continue
-        freed += sum(f.lstat().st_size for f in Path(entry.path).rglob("*"))
-        shutil.rmtree(entry.path)
+    for path in list(output_dir.iterdir()):
+        if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+            if match[2] == "partial":
+                freed += sum(f.lstat().st_size for f in path.rglob("*"))
+            clear_leftovers(output_dir / match[1])
     if freed:
         log.warning("removed %.3g GiB of unfinished checkpoints from %s", freed / 2**30, output_dir)
 
@@ -189,40 +183,27 @@ def _write(
     output_dir: Path, step: int, collected: Mapping[str, tuple[Any, dict[str, Tensor]]], about: Mapping[str, Any]
 ) -> Path:
     final = output_dir / f"step_{step:06d}"
-    temporary = output_dir / f".{final.name}.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir()
+    _move_aside(final, about["run_id"])
+    with new_folder(final) as folder:
         for part, (structure, tensors) in collected.items():
-            shards.write(temporary / part, structure, tensors)
+            shards.write(folder / part, structure, tensors)
             fault.point("after_shard_write", step=step)
         files = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(temporary.rglob("*"))
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
         versions = {"torchft": TORCHFT, "torch": torch.__version__}
         manifest = {"format": FORMAT, "step": step, **about, **versions, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         fault.point("before_commit", step=step)
-        _commit(temporary, final, about["run_id"])
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
     fault.point("after_commit", step=step)
     return final
 
 
-def _commit(temporary: Path, final: Path, run_id: str) -> None:
-    """Gives a synced folder its name. A folder of that name is replaced if it is this run's, else moved aside."""
-    old = None
-    if final.is_symlink() or final.exists():
-        ours = final.name in {s.path.name for s in steps(final.parent, run_id)}
-        old = final.with_name(f".{final.name}.old-{os.getpid()}" if ours else f"{final.name}.moved-{os.getpid()}")
-        os.rename(final, old)
-    os.rename(temporary, final)
-    sync(final.parent)
-    if old and old.name.startswith("."):
-        shutil.rmtree(old)
-    elif old:
-        log.warning("%s was in the way and not of this run: moved to %s", final, old)
+def _move_aside(path: Path, run_id: str) -> None:
+    """Gives whatever bears a step's name another one, unless it is this run's step, which a new one may replace."""
+    if os.path.lexists(path) and path not in [step.path for step in steps(path.parent, run_id)]:
+        aside = path.with_name(f"{path.name}.moved-{os.getpid()}")
+        os.rename(path, aside)
+        log.warning("%s was in the way and not of this run: moved to %s", path, aside)

@@ -1,7 +1,6 @@
-"""Room on the disk, and making sure that written files are on it."""
+"""Whether checkpoints fit on the disk."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -26,12 +25,3 @@ def space_message(what: str, need: int, path: Path) -> str:
         f"{what}: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g} GiB at {path}. "
         "Free some space, lower keep_last, or choose an output_dir on another disk"
     )
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's entries, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

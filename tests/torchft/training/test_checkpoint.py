@@ -83,7 +83,7 @@ def test_k1_random_kills():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) >= 10 and int(lines[-1].split()[0]) > 15
-    assert any(".tmp-" in line for line in lines), "no kill hit a save: the test shows nothing"
+    assert any(".partial" in line for line in lines), "no kill hit a save: the test shows nothing"
 
 
 @pytest.mark.parametrize("point", ["after_shard_write", "before_commit"])
@@ -106,13 +106,13 @@ def test_k3_killed_after_the_commit(tmp_path):
 
 def test_r7_leftovers_are_removed_and_their_size_said(tmp_path, caplog):
     put(tmp_path, 1)
-    for name in (".step_000002.tmp-77", ".step_000003.del-77"):
+    for name in (".step_000002.partial", ".step_000003.partial"):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "rank_00000_000.safetensors").write_bytes(bytes(1 << 20))
-    (tmp_path / ".step_000002.tmp-notes").mkdir()
+    (tmp_path / ".step_000002.partial-notes").mkdir()
     with caplog.at_level(logging.WARNING):
         clean(tmp_path)
-    assert names(tmp_path) == [".step_000002.tmp-notes", "step_000001"]
+    assert names(tmp_path) == [".step_000002.partial-notes", "step_000001"]
     assert "removed 0.00196 GiB of unfinished checkpoints" in caplog.text
 
 
@@ -176,8 +176,8 @@ def test_k8_same_step_again_replaces_it(tmp_path):
 
 def test_k8_killed_within_the_swap(tmp_path):
     put(tmp_path, 5)
-    os.rename(tmp_path / "step_000005", tmp_path / ".step_000005.old-77")
-    (tmp_path / ".step_000005.tmp-77").mkdir()
+    os.rename(tmp_path / "step_000005", tmp_path / ".step_000005.replaced")
+    (tmp_path / ".step_000005.partial").mkdir()
     clean(tmp_path)
     assert names(tmp_path) == ["step_000005"] and latest(tmp_path, "r").number == 5
 

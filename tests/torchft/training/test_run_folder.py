@@ -153,7 +153,8 @@ def test_k26_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
 
 
 def test_r7_leftovers_are_cleaned_at_start(tmp_path):
-    (tmp_path / ".step_000002.tmp-77").mkdir()
+    (tmp_path / ".step_000002.partial").mkdir()
+    (tmp_path / ".export.partial").mkdir()
     (tmp_path / ".metrics.jsonl.77.tmp").write_text("half")
     with start(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml", "run.json"]
