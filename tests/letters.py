@@ -18,6 +18,9 @@ class Letters:
         ids = [ord(c) for c in (text.replace("<end>", chr(END)) if control else text)]
         return [BOS] * add_special_tokens + ids
 
+    def num_control(self, text):
+        return text.count("<end>")
+
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i < 1000)
 

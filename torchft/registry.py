@@ -29,7 +29,6 @@ COMPONENTS: dict[str, str] = {
     "torchao.optim.AdamW8bit": "optimizer",
     "torchao.optim.AdamWFp8": "optimizer",
     "torchft.training.optim.MuonWithAdamW": "optimizer",
-    "torchft.training.optim.adamw": "optimizer",
     "torchft.training.schedules.constant": "lr_schedule",
     "torchft.training.schedules.cosine": "lr_schedule",
     "torchft.training.schedules.linear": "lr_schedule",

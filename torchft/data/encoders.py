@@ -68,11 +68,11 @@ def prompt_and_answer(
         else:
             text(row, "instruction")  # which, unlike "input", must not be empty
             prompt = fill(PROMPT if is_null(row.get("input")) or row["input"] == "" else PROMPT_WITH_INPUT, row)
-        question, escaped = _plain(tokenizer, prompt)
-        answer, escaped_too = _plain(tokenizer, text(row, "completion" if "completion" in row else "output"))
-        before, after = [*start, *question], [*answer, tokenizer.eos_id]
+        answer = text(row, "completion" if "completion" in row else "output")
+        before = [*start, *_plain(tokenizer, prompt)]
+        after = [*_plain(tokenizer, answer), tokenizer.eos_id]
         train = [train_on == "all"] * len(before) + [True] * len(after)
-        return Encoded(before + after, train, escaped or escaped_too)
+        return Encoded(before + after, train, tokenizer.num_control(prompt) + tokenizer.num_control(answer) > 0)
 
     return encode
 
@@ -82,9 +82,9 @@ def document(tokenizer: Tokenizer, column_map: Mapping[str, str], *, add_eos: bo
     start, end = _start(tokenizer), [tokenizer.eos_id] * add_eos
 
     def encode(row: Values) -> Encoded:
-        content, escaped = _plain(tokenizer, text(rename(row, column_map), "text"))
-        tokens = [*start, *content, *end]
-        return Encoded(tokens, [True] * len(tokens), escaped)
+        content = text(rename(row, column_map), "text")
+        tokens = [*start, *_plain(tokenizer, content), *end]
+        return Encoded(tokens, [True] * len(tokens), tokenizer.num_control(content) > 0)
 
     return encode
 
@@ -94,11 +94,10 @@ def _start(tokenizer: Tokenizer) -> list[int]:
     return [i for i in tokenizer.encode("", add_special_tokens=True)[:1] if i == tokenizer.bos_id]
 
 
-def _plain(tokenizer: Tokenizer, content: str) -> tuple[list[int], bool]:
-    """The tokens of text in which nothing is a control token, and whether it spells one."""
+def _plain(tokenizer: Tokenizer, content: str) -> list[int]:
+    """The tokens of text in which nothing is a control token."""
     try:
-        tokens = tokenizer.encode(content, control=False)
-        return tokens, tokens != tokenizer.encode(content)
+        return tokenizer.encode(content, control=False)
     except UserError as e:
         raise RowError(str(e)) from None
 

@@ -1,4 +1,4 @@
-"""Token likelihoods as heads of ``Decoder.forward``, projected chunk by chunk so that all logits never exist at once."""
+"""Token likelihoods as heads of ``Decoder.forward``, projected chunk by chunk: all logits never exist at once."""
 
 from collections.abc import Callable
 

@@ -47,8 +47,9 @@ PROBES: list[tuple[list[Message], dict[str, Any]]] = [
 def choose(
     folder: Path, config: dict[str, Any], name: str | None, special: dict[str, str], added: AddedTokens
 ) -> tuple[ChatFormat | None, str | None]:
-    """The chat format of a checkpoint and its template, or (None, None) when it has no chat."""
+    """The chat format of a checkpoint, None when it has none; and its template where the folder's files say another."""
     sources, where = _named(name, folder, added) if name else _own(folder, config)
+    is_own = bool(sources) and not name
     if not sources:
         family = next((f for f, tokens in MARKS_OF.items() if all(t in added.by_content for t in tokens)), None)
         if family is None:
@@ -58,7 +59,7 @@ def choose(
         )
         sources, where = _named(family, folder, added)
     template = TemplateChat(sources, where, special, added)
-    return native(template) or template, sources["default"]
+    return native(template) or template, None if is_own else sources["default"]
 
 
 def native(template: TemplateChat) -> ChatFormat | None:

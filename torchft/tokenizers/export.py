@@ -9,9 +9,8 @@ TEMPLATE = "chat_template.jinja"
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the checkpoint's own files, and write down the chat format that it was trained in if they do not say it."""
+    """Copy the checkpoint's own files, and write down the chat format that it was trained in if they say another."""
     for file in tokenizer.files():
         shutil.copyfile(file, folder / file.name)
-    said = (folder / "tokenizer_config.json").read_text() if (folder / "tokenizer_config.json").exists() else ""
-    if tokenizer.chat_template and not (folder / TEMPLATE).exists() and '"chat_template"' not in said:
+    if tokenizer.chat_template is not None:  # this file comes before what tokenizer_config.json says
         (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")

@@ -44,7 +44,7 @@ class Tokenizer:
         self._special = special
         self._files = tuple(files)
         self._chat = chat
-        self.chat_template = chat_template  # Jinja; what an exported folder needs if its files() have none
+        self.chat_template = chat_template  # Jinja; None if files() say it, else an exported folder needs it too
         self._added_text = {token.id: token.content for token in added}
         self.vocab_size = 1 + max([*engine.token_bytes, *self._added_text])  # rows that an embedding needs
         self.stop_ids = tuple(dict.fromkeys([special.eos, *stop_ids, *self._turn_end()]))
@@ -74,6 +74,11 @@ class Tokenizer:
         """Ids of ``text``, as Hugging Face's. ``control=False``: a control token in it is plain text (user data)."""
         tokens = self._encode([Segment(text, control=control)]).tokens
         return [*self._special.before, *tokens, *self._special.after] if add_special_tokens else tokens
+
+    def num_control(self, text: str, *, special_only: bool = False) -> int:
+        """How many strings in ``text`` look like control tokens; with ``special_only`` not counting ``<think>``."""
+        tokens = (self._added.by_id[i] for _, _, i in self._added.find(text, [(len(text), True)]))
+        return sum(token.special if special_only else token.is_control for token in tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, control tokens included."""
@@ -157,12 +162,8 @@ class Tokenizer:
 
     def _num_escaped(self, message: Message) -> int:
         """How many strings in a message look like control tokens; an assistant may write those that are not special."""
-        every = message["role"] != "assistant"
-        return sum(
-            every or self._added.by_id[token].special
-            for text in _strings(message)
-            for _, _, token in self._added.find(text, [(len(text), True)])
-        )
+        is_answer = message["role"] == "assistant"
+        return sum(self.num_control(text, special_only=is_answer) for text in _strings(message))
 
 
 def _check_options(chat: ChatFormat, options: dict[str, Any]) -> None:

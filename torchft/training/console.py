@@ -104,10 +104,6 @@ class Steps:
             left = duration(self.seconds_left(step))
             self._console.print(f"step {step}/{self._total}  {line}  {left} left", highlight=False, soft_wrap=True)
 
-    def say(self, message: str) -> None:
-        """A line above the bar: an evaluation's result, a saved checkpoint."""
-        self._console.print(message, highlight=False, soft_wrap=True, markup=False)
-
     def seconds_left(self, step: int) -> float | None:
         """By this session's mean pace; None before its first step."""
         done = step - self._start

@@ -24,18 +24,6 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def adamw(
-    params: Groups,
-    *,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-) -> AdamW:
-    """torch.optim.AdamW with the fused kernel, on CUDA and CPU alike."""
-    return AdamW(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=True)
-
-
 class MuonWithAdamW(Optimizer):
     """Muon for the hidden matrices and AdamW for the rest (embeddings, output head, norms, biases), as one optimizer.
 

@@ -1,16 +1,15 @@
 """Commands that use what a run exported, to copy from the last panel."""
 
-import json
 from pathlib import Path
 
 CHAT = """from transformers import pipeline
-chat = pipeline("text-generation", {model})
-print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+chat = pipeline("text-generation", {model!r})
+print(chat([{{"role": "user", "content": {question!r}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
 CHAT_ADAPTER = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained({model}), AutoTokenizer.from_pretrained({model})
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained({model!r}), AutoTokenizer.from_pretrained({model!r})
 chat = pipeline("text-generation", model, tokenizer=tokenizer)
-print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+print(chat([{{"role": "user", "content": {question!r}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
 
 
 def commands(
@@ -19,11 +18,11 @@ def commands(
     """What one does -> argument list, for an exported Hub folder and for an adapter of ``base``; None: not exported."""
     found: dict[str, list[str]] = {}
     if model:
-        code = CHAT.format(model=json.dumps(str(model)), question=json.dumps(question))
+        code = CHAT.format(model=str(model), question=question)
         found["ask the model, with transformers"] = ["python", "-c", code]
         found["serve it, with vLLM"] = ["vllm", "serve", str(model)]
     if adapter:
-        code = CHAT_ADAPTER.format(model=json.dumps(str(adapter)), question=json.dumps(question))
+        code = CHAT_ADAPTER.format(model=str(adapter), question=question)
         served = f"{adapter.parent.parent.name}={adapter}"
         found["ask base and adapter, with PEFT"] = ["python", "-c", code]
         found["serve both, with vLLM"] = [

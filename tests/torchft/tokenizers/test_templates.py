@@ -275,7 +275,6 @@ def test_a_value_that_is_not_json_is_refused(make):
         load(make(template("qwen2_5"))).render([user("x"), {**assistant("y"), "extra": object()}])
 
 
-def test_template_is_kept_for_export(make):
+def test_a_template_of_the_folder_needs_no_copy(make):
     ours = load(make(template("qwen2_5")))
-    assert isinstance(ours._chat, TemplateChat)
-    assert ours.chat_template == template("qwen2_5")
+    assert isinstance(ours._chat, TemplateChat) and ours.chat_template is None

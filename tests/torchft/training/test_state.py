@@ -10,7 +10,7 @@ from torchao.optim import AdamW8bit
 
 from torchft.errors import UserError
 from torchft.training.checkpoint import latest, save
-from torchft.training.optim import MuonWithAdamW, adamw, param_groups
+from torchft.training.optim import MuonWithAdamW, param_groups
 from torchft.training.schedules import attach, cosine
 from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
 
@@ -27,8 +27,12 @@ def model(dtype=torch.float32, seed=0):
     return m
 
 
+def adamw(groups, lr=0.01):
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
 OPTIMIZERS = {
-    "adamw": lambda groups: adamw(groups, lr=0.01),
+    "adamw": adamw,
     "unfused": lambda groups: torch.optim.AdamW(groups, lr=0.01, amsgrad=True, foreach=True),
     "muon": lambda groups: MuonWithAdamW(groups, lr=0.01),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01),

@@ -1,0 +1,29 @@
+"""Commands of the last panel: Python that runs, whatever the paths and the question hold."""
+
+import ast
+import shlex
+from pathlib import Path
+
+from torchft.training.usage import commands
+
+QUESTION = "Say \"hi\" in 'quotes', {braces}, a \\ and 😀\nplease"
+FOLDER = Path("/tmp/my run's/export 你好")
+
+
+def texts(code):
+    return {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+
+
+def test_code_holds_the_very_question_and_path():
+    for arguments in commands(model=FOLDER, adapter=FOLDER / "adapter", base=Path("base"), question=QUESTION).values():
+        assert shlex.split(shlex.join(arguments)) == arguments
+        if arguments[0] == "python":
+            assert QUESTION in texts(arguments[2])
+            assert texts(arguments[2]) & {str(FOLDER), str(FOLDER / "adapter")}
+
+
+def test_only_what_was_exported():
+    assert not any("PEFT" in purpose for purpose in commands(model=FOLDER, question="x"))
+    assert all("adapter" in purpose or "both" in purpose for purpose in commands(
+        model=None, adapter=FOLDER, base=Path("base"), question="x"
+    ))  # fmt: skip
