@@ -229,7 +229,8 @@ def train(config: Config, run: Run, device: torch.device) -> None:
             meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
-            if evaluates or is_due(step, config.log_every, total_steps):
+            saves = is_due(step, config.save_every, total_steps)
+            if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
                 with meter.paused():
                     if evaluates and eval_loader:
@@ -240,7 +241,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)
-            if is_due(step, config.save_every, total_steps):
+            if saves:
                 with meter.paused():
                     parts = {
                         "model": trainable(model),
@@ -250,7 +251,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                     }
                     checkpoint.save(run.path, step, parts, run_id=run.id, score=row.get("eval_loss"))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
-                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=config.checkpoint_dir.name)
+                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
     metrics.close()
     trackers.close()
 
