@@ -57,7 +57,7 @@ def exit_on_user_error(*, debug: bool) -> Iterator[None]:
     except UserError as e:
         if debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
-        rank = f"[rank {os.environ['RANK']}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = f"[rank {os.environ.get('RANK', 0)}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(redact(f"{rank}error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -39,13 +39,13 @@ PEAK_FLOPS = {
 
 
 class MetricsFile:
-    """Appends one JSON object per step; ``resume_step`` finished steps are kept, later and torn lines dropped.
+    """Appends one JSON object per step; ``resume_step`` finished steps are kept, later and torn lines dropped. 0: none.
 
     If the disk is full, training goes on: one warning, and the rows that failed are lost.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        rows = [row for row in read_rows(path) if _step(row) <= resume_step]
+        rows = [row for row in read_rows(path) if resume_step and _step(row) <= resume_step]
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.path = path
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()

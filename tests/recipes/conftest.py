@@ -1,0 +1,57 @@
+"""A tiny Llama 3 with a real tokenizer, data for it, and the recipes as modules."""
+
+from functools import partial
+
+import pytest
+import recipe_runs
+import tiny
+from letters import write_jsonl
+from vocabularies import LLAMA3_SPECIAL, byte_level, write
+
+from torchft.tokenizers import bpe
+
+# head_dim apart from hidden_size / heads; every linear layer has a multiple of 16384 weights, as NF4 needs
+SIZES = {"vocab_size": 1216, "hidden_size": 128, "intermediate_size": 128, "head_dim": 64, "std": 0.1}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint like Llama 3's base: control tokens, but no chat template, and a generation_config.json."""
+    folder = tmp_path_factory.mktemp("base")
+    write(folder, tokenizer_config={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"})
+    tokenizer = byte_level(bpe.PATTERNS["Llama 3"], special=LLAMA3_SPECIAL, llama=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = tokenizer.token_to_id("<|end_of_text|>")
+    tiny.checkpoint(folder, eos_token_id=eos, bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"), **SIZES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """13 ragged rows: with the settings' 2 x 2 rows a step, an epoch has 4 steps, the last of one row."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_jsonl(path, recipe_runs.conversations(13))
+    return path
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory, base, data):
+    return recipe_runs.write_settings(tmp_path_factory.mktemp("settings"), base, data)
+
+
+@pytest.fixture(scope="session")
+def lora(settings):
+    """``lora(output_dir, *overrides) -> output_dir``"""
+    return partial(recipe_runs.train, recipe_runs.load_recipe("lora_finetune"), settings)
+
+
+@pytest.fixture(scope="session")
+def full(settings):
+    return partial(recipe_runs.train, recipe_runs.load_recipe("full_finetune"), settings)
+
+
+@pytest.fixture
+def no_picture(lora, full, monkeypatch):
+    """Leaves out loss.png, whose 0.2 s at every checkpoint would be most of a test."""
+    for run in (lora, full):
+        monkeypatch.setattr(run.args[0], "draw_loss", lambda *args, **kwargs: None)
