@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 
-from torchft.adapters.lora import LoRAConfig, apply_lora, lora_layers
+from torchft.adapters.lora import LoRAConfig, apply_lora, lora_layers, merged_tensor
+from torchft.hub import base_parameters
 
 CONFIGS = {
     "lora": LoRAConfig(rank=4, alpha=7.0),
@@ -22,6 +23,17 @@ CONFIGS = {
     ),
     "with-head": LoRAConfig(rank=4, alpha=7.0, targets=["o_proj", "lm_head"]),
 }
+
+
+def adapter_parameters(model):
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def merged_state(model, dtype=None):
+    """The state that ``model`` had before surgery, with its adapters merged in."""
+    return {name: merged_tensor(model, name, dtype) for name in base_parameters(model)}
+
+
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 

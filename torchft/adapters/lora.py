@@ -147,11 +147,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name: what LoRA trains and a checkpoint must keep."""
-    return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2].startswith("lora_")}
-
-
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters are trained, and how many there are."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -182,14 +177,6 @@ def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None)
         return module.merged_weight(dtype)
     parameter = model.get_parameter(name).detach()
     return parameter.to(dtype or parameter.dtype)
-
-
-def merged_state(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, ``merged_tensor``) of each parameter that the model had before surgery, one at a time."""
-    adapters = adapter_parameters(model)
-    for name, _ in model.named_parameters():
-        if name not in adapters:
-            yield name, merged_tensor(model, name, dtype)
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def share_right(answers: Sequence[Answer]) -> float:
     return sum(a.is_right for a in answers) / len(answers)
 
 
-def side_by_side(before: Sequence[Answer], after: Sequence[Answer], *, limit: int = 5) -> list[tuple[str, ...]]:
+def side_by_side(
+    before: Sequence[Answer], after: Sequence[Answer], *, limit: int = 5
+) -> list[tuple[str, str, str, str]]:
     """(question, wanted answer, before, after) of the first few; nothing under before if it was not measured."""
     old = [a.got for a in before] or [""] * len(after)
     return [(a.question, a.want, b, a.got) for b, a in zip(old, after)][:limit]

