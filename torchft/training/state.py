@@ -1,7 +1,6 @@
 """What a checkpoint holds of a model and its optimizer, by parameter name; and the fingerprint of a frozen base."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from torch.optim import Optimizer
 
 from torchft.errors import UserError
 from torchft.training.shards import TensorFolder
+from torchft.weights import WeightFiles
 
-BLOCK = 4 << 10  # bytes of a fingerprint's block
+PIECE = 1024  # values of a tensor that a fingerprint looks at, at its start, middle and end
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -91,21 +91,18 @@ def load_optimizer(
 
 
 def base_fingerprint(checkpoint_dir: Path) -> str:
-    """Hex digest of a Hub folder's config.json and safetensors: their headers, and three blocks of every tensor.
+    """Hex digest of a Hub folder's config.json and weights: names, dtypes, shapes, and three pieces of every tensor.
 
-    Any real change of a tensor touches a block. About 10 MB are read of a 70B model. Same for links and copies. The
-    files must have been loaded before, which checks them.
+    Any real change of a tensor touches a piece. Same for links, copies and other shards. Load the weights before: that
+    checks them.
     """
     digest = hashlib.sha256((checkpoint_dir / "config.json").read_bytes())
-    for file in sorted(checkpoint_dir.glob("*.safetensors")):
-        with open(file, "rb") as f:
-            header = f.read(int.from_bytes(f.read(8), "little"))
-            digest.update(header)
-            data = f.tell()
-            for tensor, entry in json.loads(header).items():
-                if tensor != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    for at in (start, (start + end) // 2, max(start, end - BLOCK)):
-                        f.seek(data + at)
-                        digest.update(f.read(min(BLOCK, end - at)))
+    files = WeightFiles(checkpoint_dir)
+    for name in sorted(files.names()):
+        num_rows, *row_shape = files.shape(name)
+        digest.update(f"{name} {files.dtype(name)} {num_rows} {row_shape}\n".encode())
+        length = 1 if row_shape else PIECE
+        for start in (0, num_rows // 2, max(0, num_rows - length)):
+            piece = files.read(name, slice(start, start + length)).flatten()[:PIECE].contiguous()
+            digest.update(bytes(piece.view(torch.uint8).tolist()))
     return digest.hexdigest()
