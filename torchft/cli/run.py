@@ -21,7 +21,7 @@ from torchft.cli.arguments import Parser
 from torchft.cli.main import exit_on_user_error
 from torchft.config_load import load
 from torchft.errors import UserError
-from torchft.redact import redact
+from torchft.redact import redact, redact_record
 
 C = TypeVar("C")
 
@@ -90,6 +90,7 @@ def start(main: Callable[[C], None], config: type[C], *, recipe: str) -> None:
         recipe: the name that a YAML's ``recipe:`` must have; a renamed copy of the script keeps it.
     """
     sys.excepthook = _redacted_traceback
+    _show_log()
     with exit_on_user_error(debug="--debug" in sys.argv):
         parser = _parser("", sys.modules[main.__module__].__doc__ or "")
         parser.add_argument("words", nargs="*", metavar="key=value", help="values that override; ~key removes")
@@ -150,6 +151,15 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         sys.exit(128 + e.sigval)
     except ValueError as e:
         raise UserError(f"torchrun: {e}") from None
+
+
+def _show_log() -> None:
+    """What the library says goes to stderr without secrets, unless the recipe sets up logging of its own."""
+    logging.getLogger("torchft").setLevel(logging.INFO)
+    handler = logging.lastResort
+    assert handler is not None
+    handler.setLevel(logging.INFO)
+    handler.addFilter(redact_record)
 
 
 def _redacted_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,15 +1,16 @@
 """Commands that use what a run exported, to copy from the last panel."""
 
+import json
 from pathlib import Path
 
 CHAT = """from transformers import pipeline
-chat = pipeline("text-generation", {model!r})
-print(chat([{{"role": "user", "content": {question!r}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+chat = pipeline("text-generation", {model})
+print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
 CHAT_ADAPTER = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained({model!r}), AutoTokenizer.from_pretrained({model!r})
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained({model}), AutoTokenizer.from_pretrained({model})
 chat = pipeline("text-generation", model, tokenizer=tokenizer)
-print(chat([{{"role": "user", "content": {question!r}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+print(chat([{{"role": "user", "content": {question}}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
 
 
 def commands(
@@ -18,14 +19,19 @@ def commands(
     """What one does -> argument list, for an exported Hub folder and for an adapter of ``base``; None: not exported."""
     found: dict[str, list[str]] = {}
     if model:
-        code = CHAT.format(model=str(model), question=question)
+        code = CHAT.format(model=_quoted(str(model)), question=_quoted(question))
         found["ask the model, with transformers"] = ["python", "-c", code]
         found["serve it, with vLLM"] = ["vllm", "serve", str(model)]
     if adapter:
-        code = CHAT_ADAPTER.format(model=str(adapter), question=question)
+        code = CHAT_ADAPTER.format(model=_quoted(str(adapter)), question=_quoted(question))
         served = f"{adapter.parent.parent.name}={adapter}"
         found["ask base and adapter, with PEFT"] = ["python", "-c", code]
         found["serve both, with vLLM"] = [
             "vllm", "serve", str(base), "--enable-lora", "--lora-modules", served
         ]  # fmt: skip
     return found
+
+
+def _quoted(text: str) -> str:
+    """Python that means ``text``, in double quotes: the shell's are single ones."""
+    return json.dumps(text, ensure_ascii=False)

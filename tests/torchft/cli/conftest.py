@@ -17,6 +17,7 @@ More.
 """
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,7 @@ def main(config: Config) -> None:
     if config.fail == "interrupt":
         raise KeyboardInterrupt
     if config.fail == "ours":
+        logging.getLogger("torchft.x").info("reading hf_canarycanarycanarycanary")
         raise RuntimeError("broken with hf_canarycanarycanarycanary")
     if config.fail == "kill" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)

@@ -65,6 +65,7 @@ def test_exit_codes(library, tune, words, code, message):
 def test_s9_a_failure_of_ours_shows_a_traceback_without_secrets(library, python):
     done = python(str(library / "recipes" / "stub.py"), "fail=ours")
     assert done.returncode == 1
+    assert done.stderr.startswith("reading <redacted>\n")
     assert "RuntimeError: broken with <redacted>" in done.stderr
     assert "canary" not in done.stderr
 
