@@ -179,8 +179,10 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     memory = estimate_training(model, tokens=config.batch_size * config.seq_len)
     params = list(model.parameters())
+    total = sum(p.numel() for p in params)
     facts = {
-        "model": f"{count(sum(p.numel() for p in params))} parameters, {config.dtype} on {device_name(device)}",
+        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
+        "device": f"{device_name(device)}, {config.dtype}",
         "trained": "all of them" + (", from scratch" if config.from_scratch else ""),
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",

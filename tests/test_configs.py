@@ -1,0 +1,53 @@
+"""Every shipped config is valid for the recipe that it names, and its surgery fits the released model."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchft import models, shipped
+from torchft.adapters.lora import apply_lora, num_parameters
+from torchft.adapters.nf4 import apply_nf4
+from torchft.config_load import load
+
+CONFIGS = shipped.configs()
+SIZES = {name.lower(): f"{family}/{name}" for family, module in models.FAMILIES.items() for name in module.CONFIGS}
+
+
+def recipe_config(recipe: str) -> type:
+    spec = importlib.util.spec_from_file_location(recipe, shipped.recipes()[recipe])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Config
+
+
+def released(folder: str) -> str:
+    """'Llama-3.2-1B-Instruct' -> 'llama3/Llama-3.2-1B'"""
+    name = folder.lower()
+    return SIZES[next(n for n in (name, name.removesuffix("-instruct"), name.replace("-chat", "")) if n in SIZES)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_valid_and_fits_its_model(name: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(CONFIGS[name].read_text())
+    demo = name.startswith("demo/")
+    overrides = [] if demo else [f"checkpoint_dir={tmp_path}"]
+    config = load(recipe_config(raw["recipe"]), recipe=raw["recipe"], file=CONFIGS[name], overrides=overrides)
+    folder = config.checkpoint_dir if demo else raw["checkpoint_dir"]
+    model = models.build(models.config_json(folder) if demo else released(folder))
+    if raw["recipe"] == "lora_finetune":
+        if config.nf4:
+            apply_nf4(model, config.nf4, device="meta")
+        apply_lora(model, config.lora)
+        trained, total = num_parameters(model)
+        assert 0 < trained < 0.2 * total
+    assert config.seq_len <= model.config.max_seq_len
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith("demo/")])
+def test_first_lines_say_how_to_get_and_run_it(name: str) -> None:
+    text = CONFIGS[name].read_text()
+    raw = yaml.safe_load(text)
+    assert f"/{raw['checkpoint_dir']}\n" in text.split("tune download", 1)[1].split("#", 1)[0]
+    assert f"tune run {raw['recipe']} --config {name} " in text
