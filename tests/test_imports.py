@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "names", "files", "redact", "registry", "config", "config_types", "config_yaml", "config_load", "config_override", "shipped"}  # fmt: skip
+FOUNDATION = {
+    "errors", "names", "files", "redact", "registry", "shipped",
+    "config", "config_types", "config_yaml", "config_load", "config_override",
+}  # fmt: skip
 ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "weights": FOUNDATION,

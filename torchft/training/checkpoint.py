@@ -11,6 +11,7 @@ renamed last; the manifest holds size and sha256 of every file. A step counts fi
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,7 @@ def damage(step: Step, *, contents: bool = True) -> list[str]:
 
 def best(found: Sequence[Step]) -> Step | None:
     """The step with the lowest score, the earlier one of two equals; None if none has a score."""
-    scored = [s for s in found if s.manifest["score"] is not None]
+    scored = [s for s in found if s.manifest["score"] is not None and math.isfinite(s.manifest["score"])]
     return min(scored, key=lambda s: s.manifest["score"], default=None)
 
 

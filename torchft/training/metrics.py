@@ -1,9 +1,9 @@
 """metrics.jsonl (each step once, whatever was killed or resumed), loss.png, and what a step's speed amounts to."""
 
+import io
 import json
 import logging
 import math
-import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,9 +104,9 @@ def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path
     axes.spines[["top", "right"]].set_visible(False)
     if losses or eval_losses:
         axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    atomic_write(path, png.getvalue())
 
 
 def flops_per_token(

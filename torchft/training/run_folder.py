@@ -39,7 +39,7 @@ Resume = Literal["auto", "accept_changes", "never"]
 # memory for time. A longer run also stretches a schedule that ends with it.
 FREE_KEYS = {
     *("output_dir", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every", "keep_last"),
-    *("metric_loggers", "profile", "compile", "recompute", "offload_activations"),
+    *("export", "export_dtype", "metric_loggers", "profile", "compile", "recompute", "offload_activations"),
 }
 _RESULTS = re.compile(r"step_\d{6,}|export")
 _OURS = re.compile(r"run\.json|config\.yaml|metrics\.jsonl|loss\.png|report\.html|" + _RESULTS.pattern)

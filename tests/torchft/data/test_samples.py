@@ -39,6 +39,13 @@ def test_d15_pad_equal_to_eos_keeps_eos_supervised():
     assert samples[0].labels == [6, 0, N]
 
 
+@given(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=20))
+def test_d16_a_label_is_the_next_token_or_ignored(row):
+    tokens, train = zip(*row)
+    sample = shift(list(tokens), list(train))
+    assert all(label in (N, after) for label, after in zip(sample.labels, [*tokens[1:], N], strict=True))
+
+
 @given(st.integers(1, 50), st.integers(2, 12))
 def test_split_pieces_predict_each_token_once(length, seq_len):
     tokens = list(range(length))

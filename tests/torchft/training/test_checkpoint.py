@@ -271,7 +271,7 @@ def test_s11_folders_in_the_way_are_moved_not_deleted(tmp_path, caplog):
 
 
 def test_retention_keeps_the_last_and_the_best(tmp_path):
-    scores = {1: 0.9, 2: 0.3, 3: 0.5, 4: 0.3, 5: None, 10: 0.8}
+    scores = {1: float("nan"), 2: 0.3, 3: 0.5, 4: 0.3, 5: None, 10: 0.8}
     for step, score in scores.items():
         put(tmp_path, step, score=score)
         prune(tmp_path, "r", newest=step, keep_last=2)
