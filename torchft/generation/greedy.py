@@ -10,6 +10,7 @@ from torchft.modules.kv_cache import KVCache
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # blocks compiled for training would compile again for every length
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import LLAMA3_ROPE, checkpoint, tokens
+from tiny import LLAMA3_ROPE, checkpoint, decoder, tokens
 
 from torchft import models
 from torchft.generation.greedy import generate
@@ -71,3 +71,12 @@ def test_mode_and_gradients_are_left_as_found(pair, training):
 def test_empty_prompt_is_refused(pair):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(pair[0], [[5], []], max_new_tokens=2, stop_ids=(2,))
+
+
+def test_compiled_blocks_are_not_compiled_again_for_decoding():
+    model = decoder().eval()
+    prompts = [[5, 6, 7], [8, 9], [3]]
+    plain = generate(model, prompts, max_new_tokens=5, stop_ids=[])
+    for layer in model.layers:
+        layer.compile(fullgraph=True, backend=lambda *_: pytest.fail("compiled"))
+    assert generate(model, prompts, max_new_tokens=5, stop_ids=[]) == plain
