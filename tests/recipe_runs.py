@@ -1,8 +1,10 @@
 """Runs of a recipe on a tiny Llama, and what they leave: metrics, state, answers; transformers' reading of it."""
 
+import contextlib
 import json
 import random
 
+import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 from vocabularies import template
@@ -65,6 +67,15 @@ def load_recipe(name):
     recipe = shipped.load_recipe(name)
     recipe.__name__ = name
     return recipe
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch, step):
+    """The run inside fails once ``step`` steps are done."""
+    monkeypatch.setenv("TORCHFT_FAULT", f"before_step:raise:*:{step}")
+    with pytest.raises(RuntimeError, match="injected fault"):
+        yield
+    monkeypatch.delenv("TORCHFT_FAULT")
 
 
 def rows(folder):
@@ -137,6 +148,7 @@ def hub_answers(model, folder, conversations, max_new_tokens=24):
     """What transformers answers greedily by the folder's own template, as ids without the stop token."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    stops = [stops] if isinstance(stops, int) else stops
     limits = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
     answers = []
     for messages in questions(conversations):

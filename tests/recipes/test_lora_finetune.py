@@ -1,6 +1,5 @@
 """LoRA fine-tuning from end to end: against transformers and PEFT, resumed, accumulated, quantised, and refused."""
 
-import contextlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from recipe_runs import (
     hub_batch,
     hub_loss,
     hub_model,
+    interrupted,
     largest_difference,
     losses,
     newest_step,
@@ -64,15 +64,6 @@ def exported(folder):
     return merged | load_file(folder / "export" / "adapter" / "adapter_model.safetensors")
 
 
-@contextlib.contextmanager
-def interrupted(monkeypatch, step, point="before_step"):
-    """The run inside fails once ``step`` steps are done."""
-    monkeypatch.setenv("TORCHFT_FAULT", f"{point}:raise:*:{step}")
-    with pytest.raises(RuntimeError, match="injected fault"):
-        yield
-    monkeypatch.delenv("TORCHFT_FAULT")
-
-
 @pytest.fixture(scope="module")
 def trained(lora, tmp_path_factory):
     """A run that learned its questions by heart, with all that a run can report."""
@@ -84,6 +75,7 @@ def trained(lora, tmp_path_factory):
         "epochs=20",
         "optimizer.lr=1e-2",
         "lora.alpha=24",
+        "lora.dropout=0.05",
         "dataset_eval._component_=torchft.data.datasets.chat",
         f"dataset_eval.source={held_out}",
         f"exact_match.source={exam}",
@@ -190,7 +182,7 @@ def test_resume_is_bit_exact(lora, tmp_path, monkeypatch, no_picture, packed):
 
     Between two steps means between two accumulation windows; the last one of an epoch is short.
     """
-    options = [f"packed={packed}", "batch_size=1", "lora.dropout=0.1", "save_every=1"]
+    options = [f"packed={packed}", f"batch_size={1 if packed else 2}", "lora.dropout=0.1", "save_every=1"]
     whole = lora(tmp_path / "whole", *options)
     total = rows(whole)[-1]["step"]
     for step in (1, total // 2 - 1, total // 2, total - 1):
