@@ -192,6 +192,7 @@ def test_ctrl_c_ends_all_processes_with_130(library, options):
         [sys.executable, *TUNE, "run", *options, str(library / "recipes" / "stub.py"), "fail=never"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(Path(shipped.__file__).parent.parent)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     for _ in range(2 if options else 1):
         assert started.stdout.readline().startswith("lr=")
