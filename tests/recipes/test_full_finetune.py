@@ -34,6 +34,7 @@ from torchft.tokenizers import bpe
 TRAINED, UNSEEN = conversations(13), conversations(4, seed=1)
 EXAM = TRAINED[:3] + UNSEEN[:2]
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.1}"
+CONSTANT = "lr_schedule={_component_: torchft.training.schedules.constant}"
 
 
 def test_steps_are_those_of_transformers(full, base, tmp_path, no_picture):
@@ -89,12 +90,12 @@ def test_accumulation_packing_and_recompute_train_the_same(full, tmp_path, no_pi
         "packed": ["batch_size=2", "gradient_accumulation_steps=9", "packed=true"],
         "recomputed": ["batch_size=4", "gradient_accumulation_steps=4", "recompute=full"],
     }
-    runs = {name: full(tmp_path / name, *options, SGD, "epochs=3") for name, options in ways.items()}
+    runs = {name: full(tmp_path / name, *options, SGD, CONSTANT, "epochs=3") for name, options in ways.items()}
     whole = runs.pop("one batch")
     assert losses(whole)[2] < losses(whole)[1] < losses(whole)[0]
     for run in runs.values():
         assert (losses(run) - losses(whole)).abs().max() < 1e-5
-        assert largest_difference(weights(run), weights(whole)) < 2e-6
+        assert largest_difference(weights(run), weights(whole)) < 1e-6  # measured: 2e-7
 
 
 def test_k28_a_checkpoint_with_its_own_template(full, base, tmp_path, no_picture):

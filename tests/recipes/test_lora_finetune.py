@@ -31,10 +31,10 @@ from recipe_runs import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from torchao.quantization import to_nf4
 from transformers import AutoTokenizer
 
 from torchft import registry, tokenizers
+from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.cli.main import main
 from torchft.errors import UserError
 from torchft.training.run_folder import open_run
@@ -255,25 +255,25 @@ def test_more_epochs_go_on(lora, tmp_path, no_picture):
 def test_accumulation_is_one_large_batch(lora, tmp_path, no_picture):
     """k micro-batches of b rows as one of k x b: ragged rows, and a window of one row where the epoch ends."""
     runs = {
-        (b, k): lora(tmp_path / f"{b}x{k}", f"batch_size={b}", f"gradient_accumulation_steps={k}", SGD)
+        (b, k): lora(tmp_path / f"{b}x{k}", f"batch_size={b}", f"gradient_accumulation_steps={k}", SGD, CONSTANT)
         for b, k in ((4, 1), (2, 2), (1, 4))
     }
     whole = runs.pop((4, 1))
     for run in runs.values():
         assert [row["supervised_tokens"] for row in rows(run)] == [row["supervised_tokens"] for row in rows(whole)]
         assert (losses(run) - losses(whole)).abs().max() < 1e-5
-        assert largest_difference(weights(run), weights(whole)) < 1e-6
+        assert largest_difference(weights(run), weights(whole)) < 2e-7  # measured: 2e-8
     assert losses(whole)[4:].mean() < losses(whole)[:4].mean()
 
 
 def test_packed_rows_train_what_padded_ones_do(lora, tmp_path, no_picture):
     """An epoch as one step, twice: the second loss and the weights show the gradients."""
-    epoch = ["batch_size=1", "gradient_accumulation_steps=99", SGD]
+    epoch = ["batch_size=1", "gradient_accumulation_steps=99", SGD, CONSTANT]
     padded, packed = (lora(tmp_path / name, f"packed={name == 'packed'}", *epoch) for name in ("padded", "packed"))
     assert rows(packed)[0]["supervised_tokens"] == rows(padded)[0]["supervised_tokens"]
     assert rows(packed)[0]["tokens"] < rows(padded)[0]["tokens"]
     assert (losses(packed) - losses(padded)).abs().max() < 1e-5 and losses(packed)[1] < losses(packed)[0]
-    assert largest_difference(weights(packed), weights(padded)) < 1e-6
+    assert largest_difference(weights(packed), weights(padded)) < 2e-7
 
 
 def test_recompute_changes_nothing(lora, tmp_path, no_picture):
@@ -294,6 +294,15 @@ def test_kinds_of_adapters(lora, base, tmp_path, no_picture, kind):
         assert (adapted(tokens).logits - hub_model(run / "export")(tokens).logits).abs().max() < 1e-4
 
 
+def through_nf4(weight):
+    """``weight`` as an NF4 layer holds it; torchao's own function has another place in each of its versions."""
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data.copy_(weight)
+    model = torch.nn.Sequential(layer)
+    apply_nf4(model, NF4Config(targets=[".*"]), device="cpu")
+    return model[0].weight.to(torch.float32)
+
+
 def test_qlora(lora, base, tmp_path, no_picture):
     """N12: it learns, and the merged export is the dequantised base plus the adapter's product."""
     run = lora(tmp_path / "run", "nf4={}", "lora.rank=4", "lora.alpha=24")
@@ -303,7 +312,7 @@ def test_qlora(lora, base, tmp_path, no_picture):
     for name, weight in before.items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
         if key.format("A") in adapter:
-            weight = to_nf4(weight, 64, 256).to(torch.float32)
+            weight = through_nf4(weight)
             weight = weight + 24 / 4 * adapter[key.format("B")] @ adapter[key.format("A")]
         assert (after[name] - weight).abs().max() < 1e-6, name
     assert sum("lora_A" in key for key in adapter) == 14
