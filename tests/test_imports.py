@@ -13,9 +13,10 @@ FOUNDATION = {
 ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "weights": FOUNDATION,
-    "modules": FOUNDATION,
-    "losses": FOUNDATION | {"modules"},
-    "adapters": FOUNDATION | {"modules", "weights"},
+    "kernels": set(),
+    "modules": FOUNDATION | {"kernels"},
+    "losses": FOUNDATION | {"modules", "kernels"},
+    "adapters": FOUNDATION | {"modules", "weights", "kernels"},
     "hub": FOUNDATION | {"modules", "weights"},
     "tokenizers": FOUNDATION,
     "models": FOUNDATION | {"modules", "hub", "tokenizers"},
@@ -26,7 +27,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
 }
 THIRD_PARTY = {
     "torch", "torchao", "torchdata", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",
-    "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil",
+    "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil", "triton",
     "wandb", "tensorboard", "mlflow",  # extras, imported by the logger that needs them
 }  # fmt: skip
 
