@@ -57,17 +57,13 @@ class MuonWithAdamW(Optimizer):
         if rest:
             self._parts.append(AdamW(rest, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True))
         self.param_groups = [group for part in self._parts for group in part.param_groups]
-        self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
+        self._share()  # the groups of now: stepping in backward shows one parameter at a time
         for part in self._parts:
             part.step()
         return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
 
     def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return [g for g in self.param_groups if g["muon"]], [g for g in self.param_groups if not g["muon"]]
@@ -134,7 +130,8 @@ def warn_if_frozen(params: Iterable[Tensor], lr: float, *, limit: float = 0.1) -
     if (share := frozen_share(params, lr)) > limit:
         log.warning(
             "lr %g is below the resolution of %.0f%% of the bf16 weights: they would not change. "
-            "Raise lr, set dtype to fp32, or train LoRA, whose adapters are fp32",
+            "Use torchft.training.stochastic.AdamWStochastic, raise lr, set dtype to fp32, or train LoRA, whose "
+            "adapters are fp32",
             lr,
             100 * share,
         )

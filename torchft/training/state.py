@@ -46,6 +46,8 @@ def load_parameters(saved: TensorFolder, parameters: Mapping[str, Tensor]) -> No
 
 def optimizer_tree(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """``{"class": name, "state": {parameter name: its state}, "groups": [hyperparameters and parameter names]}``."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # states that live in host memory may still be on their way there
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     groups = [
         {k: v for k, v in group.items() if k != "param_names"} | {"params": [names[p] for p in group["params"]]}
@@ -61,6 +63,7 @@ def load_optimizer(
     """Restores an ``optimizer_tree``. ``hyperparameters=False`` keeps the groups' settings (lr ...) as configured now.
 
     Sets the state directly, because Optimizer.load_state_dict would cast fp32 states of bf16 parameters to bf16.
+    Tensors that the optimizer holds from the start, wherever it wants them, are filled in place.
     """
     if tree["class"] != type(optimizer).__qualname__:
         raise UserError(
@@ -84,10 +87,14 @@ def load_optimizer(
                 continue
             device = parameters[name].device
             step_device = device if group.get("fused") or group.get("capturable") else "cpu"  # torch.optim's own rule
-            optimizer.state[parameters[name]] = {
-                key: value.to(step_device if key == "step" else device) if isinstance(value, Tensor) else value
-                for key, value in tree["state"][name].items()
-            }
+            held = optimizer.state.get(parameters[name], {})
+            state = dict(tree["state"][name])
+            for key, value in state.items():
+                if isinstance(held.get(key), Tensor):
+                    state[key] = held[key].copy_(value)
+                elif isinstance(value, Tensor):
+                    state[key] = value.to(step_device if key == "step" else device)
+            optimizer.state[parameters[name]] = state
 
 
 def base_fingerprint(checkpoint_dir: Path) -> str:

@@ -1,5 +1,6 @@
 """Model and optimizer state by parameter name: training continued from a checkpoint is bit-equal to training on."""
 
+import copy
 import os
 import shutil
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchao.optim import AdamW8bit
+from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
 from torchft.errors import UserError
 from torchft.training.checkpoint import latest, save
 from torchft.training.optim import MuonWithAdamW, param_groups
 from torchft.training.schedules import attach, cosine
+from torchft.training.seed import load_rng_state, rng_state
 from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.stochastic import AdamWStochastic
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,11 @@ OPTIMIZERS = {
     "momentum": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),
     "adamw8bit": lambda groups: AdamW8bit(groups, lr=0.01),
+    "adamw4bit": lambda groups: AdamW4bit(groups, lr=0.01),
+    "adamwfp8": lambda groups: AdamWFp8(groups, lr=0.01),
+    "rounding8bit": lambda groups: AdamW8bit(groups, lr=0.01, bf16_stochastic_round=True),
+    "stochastic": lambda groups: AdamWStochastic(groups, lr=0.01, seed=5),
+    "stochastic_fp32": lambda groups: AdamWStochastic(groups, lr=0.01, state_dtype="fp32"),
 }
 
 
@@ -58,7 +66,8 @@ def assert_resume_is_exact(folder, name, dtype, device):
     optimizer = OPTIMIZERS[name](param_groups(whole))
     schedule = attach(optimizer, factor)
     train(whole, optimizer, schedule, range(4))
-    save(folder, 4, {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer)}, run_id="r")
+    parts = {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer), "rng": rng_state()}
+    save(folder, 4, parts, run_id="r")
     train(whole, optimizer, schedule, range(4, 8))
 
     resumed = model(dtype, seed=1).to(device)
@@ -69,6 +78,7 @@ def assert_resume_is_exact(folder, name, dtype, device):
     load_parameters(saved.open("model"), trainable(resumed))
     load_optimizer(saved.read("optimizer"), resumed, again)
     schedule = attach(again, factor, step=saved.number)
+    load_rng_state(saved.read("rng"))  # torchao's stochastic rounding draws from it
     train(resumed, again, schedule, range(4, 8))
     for (n, p), q in zip(whole.named_parameters(), resumed.parameters()):
         assert torch.equal(p, q), n
@@ -82,7 +92,7 @@ def test_resumed_training_is_bit_equal(tmp_path, name, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["adamw", "unfused", "muon", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "unfused", "muon", "adamw8bit", "adamw4bit", "adamwfp8", "stochastic"])
 def test_resumed_training_is_bit_equal_on_cuda(tmp_path, name):
     assert_resume_is_exact(tmp_path, name, torch.bfloat16, "cuda")
 
@@ -102,6 +112,41 @@ def test_fp32_state_of_bf16_parameters_is_not_rounded():
     state = {n: {"exp_avg": torch.full_like(p, 0.1, dtype=torch.float32)} for n, p in trainable(m).items()}
     load_optimizer({**optimizer_tree(m, optimizer), "state": state}, m, optimizer)
     assert optimizer.state[m[0].weight]["exp_avg"].dtype == torch.float32
+
+
+def test_bf16_weights_have_bf16_adamw_states_of_the_fused_kernel():
+    """4 bytes per weight; updates are computed in fp32 and rounded once, to the nearest."""
+    m = model(torch.bfloat16)
+    optimizer = adamw(param_groups(m))
+    train(m, optimizer, attach(optimizer, cosine(total_steps=8)), range(3))
+    for p in trainable(m).values():
+        assert optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_a_state_that_the_optimizer_holds_is_filled_where_it_is():
+    m = model()
+    optimizer = adamw(param_groups(m))
+    train(m, optimizer, attach(optimizer, cosine(total_steps=8)), range(2))
+    tree = copy.deepcopy(optimizer_tree(m, optimizer))
+    held = optimizer.state[m[0].weight]["exp_avg"]
+    held.zero_()
+    load_optimizer(tree, m, optimizer)
+    assert optimizer.state[m[0].weight]["exp_avg"] is held
+    assert torch.equal(held, tree["state"]["0.weight"]["exp_avg"]) and held.any()
+
+
+def test_low_bit_states_are_where_they_pay_and_plain_elsewhere():
+    """torchao keeps tensors of less than 4096 values, or not made of whole blocks, in the parameter's dtype."""
+    m = model(torch.bfloat16)
+    for name, inside in (
+        ("adamw8bit", "OptimState8bit"),
+        ("adamw4bit", "OptimState4bit"),
+        ("adamwfp8", "OptimStateFp8"),
+    ):
+        optimizer = OPTIMIZERS[name](param_groups(m))
+        train(m, optimizer, attach(optimizer, cosine(total_steps=8)), range(1))
+        assert type(optimizer.state[m[0].weight]["exp_avg"]).__name__ == inside
+        assert type(optimizer.state[m[0].bias]["exp_avg"]) is torch.Tensor
 
 
 def test_other_optimizer_groups_are_refused():
