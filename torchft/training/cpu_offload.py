@@ -46,7 +46,7 @@ class AdamWOffloaded(AdamWStochastic):
         every = [p for group in self.param_groups for p in group["params"]]
         if devices := {str(p.device) for p in every if not p.is_cuda}:
             raise UserError(
-                f"optimizer: AdamWOffloaded keeps the states of weights on CUDA in host memory, not of {devices.pop()}; "
+                f"optimizer: AdamWOffloaded is for weights on CUDA, not on {devices.pop()}; "
                 "use torchft.training.stochastic.AdamWStochastic"
             )
         for p in every:

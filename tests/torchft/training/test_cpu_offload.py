@@ -16,7 +16,7 @@ from torchft.training.stochastic import AdamWStochastic
 
 
 def test_refused_without_cuda():
-    with pytest.raises(UserError, match=r"weights on CUDA in host memory, not of cpu; use torchft.training.stochastic"):
+    with pytest.raises(UserError, match=r"is for weights on CUDA, not on cpu; use torchft.training.stochastic"):
         AdamWOffloaded([nn.Parameter(torch.zeros(4))])
 
 
