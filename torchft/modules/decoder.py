@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchft.modules.kv_cache import KVCache, LayerCache
-from torchft.modules.masks import cache_mask, document_mask, window_mask
+from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
 
 Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+WHOLE_DOCUMENT = Sight()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +45,23 @@ class Block(nn.Module):
         *,
         attn_norm: nn.Module,
         mlp_norm: nn.Module,
-        window: int | None = None,
+        sight: Sight = WHOLE_DOCUMENT,
     ) -> None:
         super().__init__()
         self.self_attn, self.mlp = attn, mlp
         self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
-        self.window = window  # tokens back that attention sees; None = all
+        self.sight = sight
 
     def forward(
         self,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        seen: Visible,
         cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.attn_norm(x), cos, sin, mask, cache, positions)
+        x = x + self.self_attn(self.attn_norm(x), cos, sin, seen, cache, positions)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         blocks = [block(config, i) for i in range(config.num_layers)]
         self.layers = nn.ModuleList(blocks)
-        self.windows = [b.window for b in blocks]
+        self.sights = [b.sight for b in blocks]
         self.norm = norm
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
@@ -85,26 +86,29 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         head: Head | None = None,
         cache: KVCache | None = None,
+        documents: tuple[int, int] | None = None,
     ) -> Tensor:
         """tokens [b, s] -> logits [b, s, v], or whatever ``head(hidden [b, s, d], project)`` returns.
 
         ``positions`` [b, s] restart at 0 with each packed document; None: each row is one document, padding only after
-        it. ``head`` runs inside this forward because FSDP has the output weight gathered only here, and because a loss
-        that projects chunk by chunk never holds all logits (32k tokens x 128k words x 4 bytes = 16 GiB).
+        it. ``documents`` of packed rows: how many the batch holds and the tokens of the longest; None: read from the
+        positions, for which the host waits for the GPU. ``head`` runs inside this forward because FSDP has the output
+        weight gathered only here, and because a loss that projects chunk by chunk never holds all logits (32k tokens x
+        128k words x 4 bytes = 16 GiB).
         """
-        masks = self._masks(tokens, positions, cache)
+        x = self.embed_tokens(tokens)  # [b, s, d]
+        seen = self._visible(x, positions, documents, cache)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
-        x = self.embed_tokens(tokens)  # [b, s, d]
         for i, layer in enumerate(self.layers):
-            mask = masks[self.windows[i]]
+            sees = seen[self.sights[i]]
             if cache is not None:
-                x = layer(x, cos, sin, mask, cache.layers[i], positions)
+                x = layer(x, cos, sin, sees, cache.layers[i], positions)
             elif self.recompute and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask)
+                x = layer(x, cos, sin, sees)
         x = self.norm(x)
         return self.project(x) if head is None else head(x, self.project)
 
@@ -112,22 +116,15 @@ class Decoder(nn.Module):
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
-    def _masks(
-        self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None
-    ) -> dict[int | None, Tensor | None]:
-        """One mask for each kind of layer; None where plain causal attention is right."""
-        masks: dict[int | None, Tensor | None] = {}
-        for window in set(self.windows):
-            if cache is not None:
-                assert positions is not None, "a cache needs positions"
-                masks[window] = cache_mask(positions, cache.num_slots, window)
-            elif positions is not None:
-                masks[window] = document_mask(positions, window)
-            elif window is not None and window < tokens.shape[1]:
-                masks[window] = window_mask(tokens.shape[1], window, tokens.device)
-            else:
-                masks[window] = None
-        return masks
+    def _visible(
+        self, x: Tensor, positions: Tensor | None, documents: tuple[int, int] | None, cache: KVCache | None
+    ) -> dict[Sight, Visible]:
+        """What each kind of layer sees of this batch."""
+        kinds = set(self.sights)
+        if cache is not None:
+            assert positions is not None, "a cache needs positions"
+            return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
+        return {sight: visible(x, self.config.head_dim, sight, positions, documents) for sight in kinds}
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from oracles import against_transformers, violations
 from tiny import LLAMA3_ROPE, checkpoint, edit_config, rope, tokens
 from transformers import LlamaForCausalLM
 
 from torchft import models
 from torchft.modules import attention
+from torchft.modules.attend import attend
+from torchft.modules.masks import Visible
 
 GENERATIONS = {
     "llama2_mha": {"num_key_value_heads": 4, "rope_parameters": rope()},
@@ -36,17 +37,17 @@ def test_parity(tmp_path, changes):
     assert violations(against_transformers(ours, theirs, batch)) == {}
 
 
-def no_causal_mask(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def no_causal_mask(q, k, v, seen, **_):
+    return attend(q, k, v, Visible(mask=torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)))
 
 
-def heads_in_wrong_order(q, k, v, mask):
-    groups = q.shape[1] // k.shape[1]
-    return F.scaled_dot_product_attention(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), is_causal=True)
+def heads_in_wrong_order(q, k, v, seen, **_):
+    groups = q.shape[2] // k.shape[2]
+    return attend(q, k.repeat(1, 1, groups, 1), v.repeat(1, 1, groups, 1), seen)
 
 
-def unscaled_scores(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=1.0)
+def unscaled_scores(q, k, v, seen, **_):
+    return attend(q, k, v, seen, scale=1.0)
 
 
 def interleaved_rope(x, cos, sin):

@@ -1,5 +1,6 @@
 """What must not move the numbers: packing, recompute, compile, accumulation, a cache. Compared on gradients."""
 
+import cpu_kernels
 import pytest
 import torch
 from oracles import distance, gradients, mean_nll, violations
@@ -8,8 +9,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralForCausalLM
 
 from torchft.hub import hub_format
+from torchft.modules import masks
 from torchft.modules.decoder import init_weights
 from torchft.modules.kv_cache import KVCache
+from torchft.modules.masks import Sight
 
 EXACT = 3e-6  # relative, for each parameter; the measured noise of fp32 sums in another order is 1e-6
 
@@ -43,8 +46,8 @@ def windowed(window):
     """Our decoder with a sliding window in every other layer."""
     model = decoder(rope_parameters=LLAMA3_ROPE)
     for layer in model.layers[::2]:
-        layer.window = window
-    model.windows = [layer.window for layer in model.layers]
+        layer.sight = Sight(window=window)
+    model.sights = [layer.sight for layer in model.layers]
     return model
 
 
@@ -86,9 +89,7 @@ def test_window_is_mistrals(window):
     config.sliding_window, config._attn_implementation = window, "eager"
     theirs = MistralForCausalLM(config).eval()
     theirs.load_state_dict({hub_format(ours).names.rename(n): p for n, p in ours.named_parameters()})
-    for layer in ours.layers:
-        layer.window = window
-    ours.windows = [window] * len(ours.layers)
+    ours.sights = [Sight(window=window)] * len(ours.layers)
     batch = tokens(2, 60)
     assert violations({"logits": (ours(batch), theirs(batch).logits)}) == {}
 
@@ -131,6 +132,61 @@ def test_compiled_blocks(recompute):
         layer.compile(backend="aot_eager", fullgraph=True)
     assert worst(together(model, batch, labels, positions), plain) <= 1e-5
     assert list(dict(model.named_parameters())) == [n for n in plain if n != "loss"]  # no _orig_mod in the names
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kernel", ["dense", "flash"])
+@pytest.mark.parametrize("budget", [1.0, 0.5, 0.0])
+def test_compiled_blocks_meet_many_packings(monkeypatch, kernel, budget):
+    """One graph for each kind of layer, whatever the documents are; and the partitioner knows attention's cost."""
+    packings = [(5, 7, 12), (1,) * 12 + (12,), (24,), (23, 1)]
+    monkeypatch.setattr(masks, "_kernel", lambda *_: kernel)
+    model = windowed(6)
+    rows, labels = tokens(2, 24), tokens(2, 24)
+    positions = [torch.cat([torch.arange(n) for n in lengths]).expand(2, -1) for lengths in packings]
+    with cpu_kernels.installed(), torch._functorch.config.patch(activation_memory_budget=budget):
+        plain = [together(model, rows, labels, p) for p in positions]
+        for layer in model.layers:
+            layer.compile(backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+        together(model, rows, labels, positions[0])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for p, want in zip(positions, plain):
+                assert worst(together(model, rows, labels, p), want) <= 1e-5
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_fused_kernels_are_dense(monkeypatch, window):
+    """The description of packed rows reaches a fused kernel through recompute, too."""
+    model = windowed(window)
+    positions = torch.arange(24).remainder(10).expand(2, -1)
+    batch, labels = tokens(2, 24), tokens(2, 24)
+    want = together(model, batch, labels, positions)
+    monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
+    model.recompute = True
+    with cpu_kernels.installed():
+        assert worst(together(model, batch, labels, positions), want) <= EXACT
+        known = model(batch, positions, documents=(6, 10))
+        assert distance(known, model(batch, positions))[0] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("compile", [False, True])
+def test_packed_is_separate_on_gpu(window, compile):
+    lengths = (5, 230, 1, 148)
+    model = windowed(window).to("cuda", torch.bfloat16)
+    rows, labels = ([x.cuda() for x in part] for part in documents(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    packed = torch.cat(rows)[None], torch.cat(labels)[None]
+    want = separately(model, rows, labels)
+    if compile:
+        for layer in model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    exact = separately(model.float(), rows, labels)
+    model.bfloat16()
+    got = together(model, *packed, positions)
+    assert worst(got, exact) <= 1.5 * worst(want, exact) + 1e-3  # no worse than bf16 itself
     torch.compiler.reset()
 
 

@@ -1,0 +1,81 @@
+"""``attend``: the one entry to attention. The kernel was chosen with the batch's ``Visible``."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from torchft.modules.fused_attention import fused_attention
+from torchft.modules.masks import Visible
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Visible,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T scale) v for q [b, s, h, c] over k, v [b, t, k, c] -> [b, s, h, c], k dividing h.
+
+    ``scale``: c**-0.5 if None. ``soft_cap`` bounds scores: cap tanh(score / cap) (Gemma 2). ``sinks`` [h]: logits that
+    take part in the softmax and add nothing (gpt-oss, https://arxiv.org/abs/2309.17453).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if seen.kernel == "dense":
+        return _dense(q, k, v, seen.mask, scale, soft_cap, sinks)
+    if seen.kernel == "flex":
+        return _flex(q, k, v, seen, scale, soft_cap, sinks)
+    assert soft_cap is None, "a layer with capped scores needs Sight(soft_cap=True)"
+    kernel = "flash" if sinks is not None else seen.kernel
+    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, seen.sizes, sinks)[0]
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, h, s, c]
+    if k.shape[1] != q.shape[1]:  # enable_gqa would do the same, and keep fp32 from the kernel that saves memory
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if soft_cap is None and sinks is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return out.transpose(1, 2)
+    scores = (q @ k.transpose(-1, -2)).float() * scale  # [b, h, s, t]
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    probs = scores.softmax(-1)[..., : k.shape[2]]
+    return (probs.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visible, scale: float, soft_cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    def capped(score: Tensor, row: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        assert soft_cap is not None
+        return soft_cap * torch.tanh(score / soft_cap)
+
+    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out, aux = flex(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if soft_cap is None else capped, seen.blocks,
+        scale, enable_gqa=k.shape[2] != q.shape[2], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    if sinks is not None:
+        out = (out * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None]).to(out.dtype)
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Any:
+    """For blocks that are not compiled themselves; uncompiled, FlexAttention would hold all scores."""
+    return torch.compile(flex_attention, dynamic=False)
