@@ -66,11 +66,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of x."""
-        out = F.linear(x, self.weight, self.bias)
+        out = self.base(x)
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        update = self.scaling * F.linear(F.linear(dropped, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        update = self.scaling * F.linear(self.inner(dropped), self.lora_b.to(x.dtype))
         if self.lora_magnitude is None:
             return out + update
         # As a correction to ``out``, so that an adapter that has learned nothing changes no bit. The correction is of
@@ -81,6 +81,14 @@ class LoRALinear(nn.Linear):
             projected = out if self.bias is None else out - self.bias
         scale = self.lora_magnitude / _lengths(self._rows())  # [out]; the lengths are a constant to autograd
         return out + (scale - 1).to(x.dtype) * projected + scale.to(x.dtype) * update
+
+    def base(self, x: Tensor) -> Tensor:
+        """What the layer computes without its adapter, [..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """A x, [..., in] -> [..., rank]."""
+        return F.linear(x, self.lora_a.to(x.dtype))
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator | None = None) -> None:

@@ -1,0 +1,168 @@
+"""A frozen base in 8-bit floating point (https://arxiv.org/abs/2209.05433): its matrix products run twice as fast.
+
+Weights are quantised once, when they are loaded, each output row with its own scale; activations and gradients when
+they are used, each token with its own. Forward and input gradient are fp8 products with fp32 accumulation; adapters,
+norms, embeddings and the head stay as they are. Each weight is stored a second time transposed, because the hardware
+multiplies row by row only: the memory is that of bf16. GPUs from compute capability 8.9 on; other devices compute the
+same values by dequantising.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchft.adapters.targets import ALL_LINEAR, find_linears
+from torchft.errors import UserError
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+MULTIPLE = 16  # both sizes of a matrix, as the hardware needs them
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8Config:
+    """The ``fp8:`` section of a config."""
+
+    targets: str | list[str] = ALL_LINEAR  # pattern(s) of linear layers; all-linear = every one but lm_head
+
+
+def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device) -> list[str]:
+    """Freeze the weight of each linear layer that ``config.targets`` matches and hold it in fp8. Returns their names.
+
+    A weight on the meta device is quantised when it is loaded, any other at once. Cast the model to its dtype and call
+    this before ``apply_lora``. Raises UserError for a pattern that matches nothing, for layers that do not fit, and for
+    a GPU ``device`` without fp8.
+    """
+    layers = find_linears(model, config.targets, key="fp8.targets")
+    problems = [
+        f"fp8.targets: {name} is {layer.out_features} x {layer.in_features}, not multiples of {MULTIPLE} as fp8 needs: "
+        "leave it out of the targets"
+        for name, layer in layers.items()
+        if layer.out_features % MULTIPLE or layer.in_features % MULTIPLE
+    ]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        problems.append(
+            f"fp8: {torch.cuda.get_device_name(device)} has no fp8 matrix units (compute capability 8.9 or later, such "
+            "as L40, H100 or RTX 4090): leave the fp8 section out"
+        )
+    if problems:
+        raise UserError(*problems)
+    for layer in layers.values():
+        weight = layer.weight.detach()
+        empty = (weight.new_empty(weight.shape, dtype=FP8), weight.new_empty(weight.shape[::-1], dtype=FP8))
+        quantised = FP8Weight(*empty, weight.new_empty(weight.shape[0], dtype=torch.float32), weight.dtype)
+        if not weight.is_meta:
+            quantised.copy_(weight)
+        layer.weight = nn.Parameter(quantised, requires_grad=False)
+    return list(layers)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [t, n] -> codes [t, n] e4m3 and scales [t, 1] fp32, so that codes * scales is x with 3 bits of mantissa."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
+    return (x.float() / scale).to(FP8), scale
+
+
+def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` with an fp8 ``weight``: [..., in] -> [..., out], in the dtype of ``input``."""
+    assert isinstance(weight, FP8Weight)
+    flat = input.reshape(-1, input.shape[-1])
+    out = _Product.apply(flat, weight.codes, weight.transposed, weight.scale)
+    out = out.view(*input.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
+
+
+class _Product(torch.autograd.Function):
+    """x [t, in] times the transpose of codes * scale [out, in]; the weight takes no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, transposed: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(transposed, scale)
+        return _multiply(*quantise_rows(x), codes, scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        transposed, scale = ctx.saved_tensors
+        # The weight's scales lie along the summed axis here, where the hardware takes none: they go into the gradient.
+        codes, row_scale = quantise_rows(grad * scale.to(grad.dtype))
+        ones = torch.ones(transposed.shape[0], device=grad.device)
+        return _multiply(codes, row_scale, transposed, ones, grad.dtype, fast=True), None, None, None
+
+
+def _multiply(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
+    """(x * x_scale [t, 1]) (w * w_scale [out, 1])^T, [t, out] in ``dtype``; ``fast`` sums in fewer bits."""
+    if x.is_cuda:  # row scales come with bf16 results only
+        out = torch._scaled_mm(
+            x, w.t(), scale_a=x_scale, scale_b=w_scale[None], out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+        return out.to(dtype)
+    return ((x.float() * x_scale) @ (w.float() * w_scale[:, None]).t()).to(dtype)
+
+
+class FP8Weight(Tensor):
+    """A frozen matrix [out, in] of ``dtype`` to the outside, stored as codes, their transpose, and a scale per row."""
+
+    codes: Tensor  # [out, in] e4m3
+    transposed: Tensor  # [in, out] e4m3
+    scale: Tensor  # [out] fp32
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, transposed: Tensor, scale: Tensor, dtype: torch.dtype) -> "FP8Weight":
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, transposed: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.codes, self.transposed, self.scale = codes, transposed, scale
+
+    def dequantised(self) -> Tensor:
+        """Its values [out, in]."""
+        return (self.codes.float() * self.scale[:, None]).to(self.dtype)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"FP8Weight({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
+
+    def _stable_hash_for_caching(self) -> str:  # what compiled code depends on, for torch.compile's cache on disk
+        return f"FP8Weight {list(self.shape)} {self.dtype} {self.device}"
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return ["codes", "transposed", "scale"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: Mapping[str, Tensor], dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
+    ) -> "FP8Weight":
+        return FP8Weight(parts["codes"], parts["transposed"], parts["scale"], dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return fp8_linear(*args, **(kwargs or {}))
+        if func is Tensor.to and any(isinstance(arg, torch.dtype) for arg in (*args, *(kwargs or {}).values())):
+            return args[0].dequantised().to(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first, *others = args
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if func is aten.copy_.default and isinstance(first, FP8Weight):
+            source = others[0].dequantised() if isinstance(others[0], FP8Weight) else others[0]
+            codes, scale = quantise_rows(source.to(first.device))
+            first.codes.copy_(codes)
+            first.transposed.copy_(codes.t())
+            first.scale.copy_(scale[:, 0])
+            return first
+        if func is aten.copy_.default:
+            return first.copy_(others[0].dequantised())
+        if func in (aten.detach.default, aten.clone.default, aten.empty_like.default, aten._to_copy.default):
+            kwargs = {key: kwargs[key] for key in kwargs.keys() & {"device", "non_blocking"}}
+            parts = (func(part, *others, **kwargs) for part in (first.codes, first.transposed, first.scale))
+            return FP8Weight(*parts, first.dtype)
+        raise TypeError(f"{func} does not work on an fp8 weight: take its values, with .to(dtype)")
