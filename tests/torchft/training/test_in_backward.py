@@ -131,6 +131,14 @@ def test_a_bad_loss_is_reported():
         in_backward.finish(1, loss=torch.tensor(float("nan")))
 
 
+def test_a_norm_is_of_one_step_alone():
+    m = model()
+    in_backward = InBackward(torch.optim.SGD(param_groups(m), lr=0.1), m)
+    loss_of(m, 0).backward()
+    assert in_backward.finish(1, loss=1.0) > 0
+    assert in_backward.finish(2, loss=1.0) == 0
+
+
 def test_removed_hooks_leave_gradients():
     m = model()
     in_backward = InBackward(torch.optim.SGD(param_groups(m), lr=0.1), m)
