@@ -1,4 +1,8 @@
-"""Encoding rows in several processes, in order, once a data set is large enough for it to pay."""
+"""Encoding rows in several processes, in order. Off unless asked for: no gain in wall time has been measured yet.
+
+8000 conversations of 1027 tokens: 4.6 s of CPU time in one process; with workers 1.6 s in this one, which receives and
+appends, and 3.9 s in theirs. So 2.9 times faster at most, whatever their number; on two busy cores it was no faster.
+"""
 
 import os
 import signal

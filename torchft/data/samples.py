@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torchft.data.messages import EmptyError, RowError, Values
-from torchft.data.parallel import encode_all, num_workers
+from torchft.data.parallel import encode_all
 from torchft.data.sources import Row
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
@@ -129,12 +129,12 @@ def collect(
     limits: Limits,
     *,
     pad_id: int,
-    workers: int | None = None,
+    workers: int = 0,
 ) -> Samples:
-    """Encode every row, large data sets in ``workers`` processes (None: by the cores).
+    """Encode every row, large data sets in ``workers`` processes (0: here).
 
-    A row that does not fit is dropped and counted or, where its policy is "error", reported. A row with nothing trained,
-    or nothing left after its end was cut off, is always dropped and counted.
+    A row that does not fit is dropped and counted or, where its policy is "error", reported. A row with nothing
+    trained, or nothing left after its end was cut off, is always dropped and counted.
     """
     seq_len, too_long = limits.seq_len, limits.too_long
     samples = Samples(seq_len=seq_len, pad_id=pad_id)
@@ -146,7 +146,7 @@ def collect(
         if policy == "error":
             problems.append((problem, f"{row.origin}:{row.number}"))
 
-    for row, encoded in encode_all(rows, encode, workers=num_workers() if workers is None else workers):
+    for row, encoded in encode_all(rows, encode, workers=workers):
         if len(problems) >= PROBLEMS_LIMIT:
             break
         counts.rows += 1
