@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_RANK = 64  # what the kernels keep in registers
+# Tokens x columns that a program holds: the fastest of 24 settings on one H200 for 16,384 x 14,336 (0.48 and 0.94 ms,
+# where reading and writing alone take 0.33 and 0.55).
+FORWARD_TILE = (32, 64)
+BACKWARD_TILE = (64, 128)
 
 kernels: dict[str, Any] = {}  # compiled on first use: triton exists on machines with a GPU only
 
@@ -33,12 +37,12 @@ def lora_swiglu(
     if not gate.is_cuda or gate.dtype == torch.float32:
         return _forward(gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
     t, f, r = *gate.shape, gate_inner.shape[1]
-    parts, padded = _split(t, f), _padded(r)
+    parts, padded = _split(t, f, FORWARD_TILE), _padded(r)
     h = torch.empty_like(gate)
     inner = gate.new_empty(parts, t, r, dtype=torch.float32)
     tensors = (x.contiguous() for x in (gate, up, gate_inner, up_inner, gate_b, up_b, down_a))
-    grid = (-(-t // 32), parts)
-    _kernels()["forward"][grid](*tensors, h, inner, t, f, r, -(-f // parts), padded, 32, 128, num_warps=4)
+    grid, size = (-(-t // FORWARD_TILE[0]), parts), (t, f, r, -(-f // parts))
+    _kernels()["forward"][grid](*tensors, h, inner, *size, padded, *FORWARD_TILE, num_warps=2, num_stages=3)
     return h, inner.sum(0).to(gate.dtype)
 
 
@@ -63,13 +67,13 @@ def lora_swiglu_backward(
     if not gate.is_cuda or gate.dtype == torch.float32:
         return _backward(grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
     t, f, r = *gate.shape, gate_inner.shape[1]
-    parts, padded = _split(t, f), _padded(r)
+    parts, padded = _split(t, f, BACKWARD_TILE), _padded(r)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     inner = gate.new_empty(2, parts, t, r, dtype=torch.float32)
     tensors = (x.contiguous() for x in (grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a))
     out = (grad_gate, grad_up, inner[0], inner[1])
-    grid = (-(-t // 32), parts)
-    _kernels()["backward"][grid](*tensors, *out, t, f, r, -(-f // parts), padded, 32, 128, num_warps=4)
+    grid, size = (-(-t // BACKWARD_TILE[0]), parts), (t, f, r, -(-f // parts))
+    _kernels()["backward"][grid](*tensors, *out, *size, padded, *BACKWARD_TILE, num_warps=4, num_stages=2)
     summed = inner.sum(1).to(gate.dtype)  # [2, t, r]
     return grad_gate, grad_up, summed[0].clone(), summed[1].clone()
 
@@ -139,9 +143,9 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _split(t: int, f: int) -> int:
-    """Pieces of f, so that few tokens fill the chip too: about 8 programs for each of some 132 multiprocessors."""
-    return max(1, min(f // 1024, 1024 * 32 // t))
+def _split(t: int, f: int, tile: tuple[int, int]) -> int:
+    """Pieces of f, so that few tokens fill the chip too: some 2048 programs on some 132 multiprocessors."""
+    return max(1, min(f // 512, 2048 * tile[0] // t))
 
 
 def _kernels() -> dict[str, Any]:
