@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         self.norm = norm
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
-        self.recompute = False  # activation checkpointing: recompute each block in backward
+        self.recompute = 0.0  # share of the blocks that keep only their input and run again in backward
 
     def forward(
         self,
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             sees = seen[self.sights[i]]
             if cache is not None:
                 x = layer(x, cos, sin, sees, cache.layers[i], positions)
-            elif self.recompute and self.training:
+            elif self.training and self._recomputed(i):
                 x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, sees)
@@ -115,6 +115,12 @@ class Decoder(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def _recomputed(self, i: int) -> bool:
+        """Whether block ``i`` is one of the share ``recompute``, which is spread evenly."""
+        n = len(self.layers)
+        k = round(self.recompute * n)
+        return (i + 1) * k // n > i * k // n
 
     def _visible(
         self, x: Tensor, positions: Tensor | None, documents: tuple[int, int] | None, cache: KVCache | None

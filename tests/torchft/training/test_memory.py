@@ -73,8 +73,8 @@ def test_closed_forms():
     e = numbers(recompute=True)
     layer = 64 * (10 * DIM + 4 * MLP) * 4
     assert e.activations == LAYERS * 64 * DIM * 4 + layer
-    assert e.logits == 2 * 16 * VOCAB * 4 and numbers(chunk=None).logits == 2 * 64 * VOCAB * 4
-    assert e.total == 1000 + 1000 + 2000 + e.activations + e.logits
+    assert e.working == 2 * 16 * VOCAB * 4 and numbers(chunk=None).working == 2 * 64 * VOCAB * 4
+    assert e.total == 1000 + 1000 + 2000 + e.activations + e.working
 
 
 def test_lines_end_with_the_total():

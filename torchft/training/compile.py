@@ -1,0 +1,103 @@
+"""torch.compile of one block at a time, with a cache that is kept from run to run.
+
+All L blocks of a model have one graph, so it is compiled once. Settings here are global to the process: the compiler
+reads them when it partitions a graph, and they are part of the key of its cache.
+"""
+
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import nn
+from torch._dynamo.utils import compile_times, counters
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """For what is computed once per machine: $XDG_CACHE_HOME/torchft, or ~/.cache/torchft."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchft"
+
+
+def keep_compiled() -> Path:
+    """From here on compiled code is kept in the user's cache folder, apart for each version of torch and Python.
+
+    Call it before the first compilation. $TORCHINDUCTOR_CACHE_DIR and $TRITON_CACHE_DIR win if they are set. Without
+    it torch uses the folder for temporary files, which rarely outlives a machine's restart.
+    """
+    versions = f"torch-{torch.__version__}-py{platform.python_version()}"
+    folder = cache_folder() / "compiled" / versions
+    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder)))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return folder
+
+
+def compile_blocks(model: nn.Module, *, budget: float = 1.0) -> None:
+    """Compile each of ``model.layers``, at its first call, for exactly the shapes that it meets.
+
+    ``budget`` 0.0-1.0 is the share of activations that the compiler may keep for backward, of what is fastest; below
+    about 0.7 it recomputes matrix multiplications and attention. At another budget than before, what has been compiled
+    is forgotten.
+    """
+    keep_compiled()
+    if functorch_config.activation_memory_budget != budget:
+        torch.compiler.reset()
+    for name, value in _settings(budget).items():
+        setattr(functorch_config, name, value)
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def compiler_settings(budget: float | None) -> Iterator[None]:
+    """Inside, graphs are partitioned as `compile_blocks` would; None changes nothing."""
+    with functorch_config.patch(_settings(budget)) if budget is not None else torch.enable_grad():
+        yield
+
+
+def _settings(budget: float) -> dict[str, float | bool]:
+    return {
+        "activation_memory_budget": budget,
+        # Operators of our own, attention first, are weighed by their FLOPs; else they are recomputed as if for free.
+        "is_non_builtin_to_include": True,
+        # Else a block with an autograd.Function of ours is compiled anew in each run.
+        "autograd_cache_allow_custom_autograd_functions": True,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What has been compiled in this process."""
+
+    graphs: int
+    seconds: float  # in tracing and compiling
+    hits: int  # graphs found in the cache
+    misses: int
+    bypassed: int  # graphs that the cache cannot hold
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "nothing compiled"
+        whence = "from the cache" if self.hits and not self.misses + self.bypassed else "cold"
+        return f"{self.graphs} graphs compiled in {self.seconds:.1f} s, {whence}"
+
+
+def compiled() -> Compiled:
+    """So far. A number that grows after the first steps means that shapes change."""
+    names, rows = compile_times(repr="csv")
+    entire = [i for i, name in enumerate(names) if name == "_compile.compile_inner"]
+    seconds = sum(float(x) for i in entire for x in str(rows[i]).split(",") if x.strip())
+    aot = counters["aot_autograd"]
+    return Compiled(
+        graphs=counters["stats"]["unique_graphs"],
+        seconds=seconds,
+        hits=aot["autograd_cache_hit"],
+        misses=aot["autograd_cache_miss"],
+        bypassed=aot["autograd_cache_bypass"],
+    )

@@ -1,0 +1,188 @@
+"""How much of the activations is kept for backward, recomputed, or sent to the host: the keys ``recompute`` and
+``offload_activations``, and the choice of `auto`.
+
+Memory for activations is bought in three ways, and `auto` takes the cheapest that fits: fewer rows per micro-step (the
+gradients are summed, so nothing changes but the size of matrix multiplications), recomputing, copies to the host.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import UserError
+from torchft.modules.decoder import Decoder
+from torchft.training.block_cost import EAGER, BlockCost, block_costs
+from torchft.training.compile import compile_blocks
+from torchft.training.memory import GIB, Estimate, estimate_step
+
+log = logging.getLogger(__name__)
+
+CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
+BUDGETS = (CHEAP, 0.6, 0.4, 0.2, 0.0)  # that auto looks at
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, where budgets cannot be had
+ROW_COST = 128  # tokens: reading the weights once more takes as long as these, at 4 TB/s and 700 TFLOP/s
+HOST_BANDWIDTH = 45e9  # bytes/s each way; 55e9 measured on PCIe 5 with nothing else on it
+FLOPS = 500e12  # per second, of a block, to know whether copies are done in time
+FITS = 0.94  # share of the memory that is planned with: the rest is the allocator's and the libraries'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One setting, and what it takes."""
+
+    budget: float | None  # of the compiler, as in `compile_blocks`; None: blocks are not compiled
+    share: float  # of the blocks that keep only their input and run again in backward
+    offload: bool  # what is kept is copied to the host
+    rows: int  # per micro-step
+    memory: Estimate
+    block_bytes: int  # that one block keeps in a micro-step
+    time: float  # relative to the fastest; 1.0 without recompute and with endless rows
+    reason: str = ""  # a sentence for the user
+
+    def __str__(self) -> str:
+        kept = (
+            f"{self.budget or 0.0:g} of the activations kept" if self.budget != CHEAP else "nothing costly recomputed"
+        )
+        if self.budget == 0.0 or self.share == 1.0:
+            kept = "full recompute"
+        elif self.share or self.budget is None:
+            kept = f"{self.share:.0%} of the blocks recomputed" if self.share else "no recompute"
+        return f"{kept}{', offloaded' if self.offload else ''}, {self.rows} rows per micro-step"
+
+
+def plans(
+    model: Decoder,
+    *,
+    recompute: str | float,
+    offload: bool,
+    compiled: bool,
+    rows: int,
+    seq_len: int,
+    packed: bool,
+    device: torch.device,
+    optimizer_bytes: int | None = None,
+    gradient_bytes: int | None = None,
+    limit: int | None = None,
+) -> list[Plan]:
+    """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
+
+    Args:
+        recompute: "none" (nothing that takes long), "full" (all but the blocks' inputs), a share 0.0-1.0 of the
+            activations to keep, or "auto".
+        offload: always copy to the host; else auto does it if nothing else helps.
+        rows: of a batch; auto divides them into micro-steps.
+        optimizer_bytes: of the states; None: two per trainable value, as AdamW's. ``gradient_bytes`` likewise.
+        limit: bytes of the device that may be used; None: what is free.
+
+    Raises:
+        UserError: auto finds nothing that fits.
+    """
+    dice = any(_draws_random_numbers(layer) for layer in model.layers)
+    # The compiler's partitioner, below CHEAP, draws a block's random numbers anew in backward: wrong gradients, and no
+    # error (torch 2.11 and 2.13). torch.utils.checkpoint restores the generator.
+    budgets = compiled and not dice
+    budget_of_share = CHEAP if compiled else EAGER
+    if recompute == "auto":
+        settings = [(b, 0.0) for b in BUDGETS] if budgets else [(budget_of_share, share) for share in SHARES]
+        if device.type != "cuda":
+            settings = settings[:1]
+    else:
+        keep = {"none": CHEAP if budgets else 1.0, "full": 0.0}.get(str(recompute))
+        keep = float(recompute) if keep is None else keep
+        settings = [(keep, 0.0) if budgets else (budget_of_share, 1.0 - keep)]
+    automatic = recompute == "auto" and device.type == "cuda"
+    splits = [r for r in range(rows, 0, -1) if rows % r == 0] if automatic else [rows]
+
+    base = EAGER if not compiled else CHEAP
+    costs = block_costs(
+        model, list(dict.fromkeys([base, *(b for b, _ in settings)])), seq_len=seq_len, packed=packed, device=device
+    )
+    found = []
+    for budget, share in settings:
+        for r in splits:
+            leanest = budget == 0.0 or share == 1.0
+            for away in (False, True) if automatic and leanest and not offload else (offload,):
+                cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
+                memory = estimate_step(
+                    model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
+                    largest=r * costs[base].largest, offload=away, optimizer_bytes=optimizer_bytes,
+                    gradient_bytes=gradient_bytes,
+                )  # fmt: skip
+                plan = Plan(
+                    budget=budget, share=share, offload=away, rows=r, memory=memory, block_bytes=r * cost.saved,
+                    time=_time(cost, costs[base], tokens=r * seq_len, seq_len=seq_len, offload=away),
+                )  # fmt: skip
+                found.append(plan)
+    if not automatic:
+        why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
+        return [replace(found[0], reason=f"{found[0]} ({why})")]
+    return choose(found, available=_available(model, device) if limit is None else limit)
+
+
+def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
+    """The fastest plan that fits into ``available`` bytes, then leaner ones, each with its reason."""
+    ordered = sorted(found, key=lambda plan: (plan.time, plan.memory.total))
+    fitting = [i for i, plan in enumerate(ordered) if plan.memory.total <= FITS * available]
+    if not fitting:
+        leanest = min(found, key=lambda plan: plan.memory.total)
+        raise UserError(_does_not_fit(leanest, available))
+    chosen = ordered[fitting[0]]
+    has = f"needs about {chosen.memory.total / GIB:.1f} of {available / GIB:.1f} GiB"
+    faster = ordered[fitting[0] - 1] if fitting[0] else None
+    next_ = f"; {faster} would be {chosen.time / faster.time - 1:.0%} faster and needs " if faster else "; the fastest"
+    next_ += f"{faster.memory.total / GIB:.1f} GiB" if faster else ""
+    result = [replace(chosen, reason=f"{chosen}: {has}{next_}")]
+    for plan in ordered[fitting[0] + 1 :]:
+        if plan.memory.total < 0.9 * result[-1].memory.total:
+            result.append(replace(plan, reason=f"{plan}: what was chosen first did not fit"))
+    return result
+
+
+def apply(model: Decoder, plan: Plan) -> None:
+    """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
+    model.recompute = plan.share
+    if plan.budget is not None:
+        compile_blocks(model, budget=plan.budget)
+
+
+def _time(cost: BlockCost, base: BlockCost, *, tokens: int, seq_len: int, offload: bool) -> float:
+    """Relative time of a block per token."""
+    compute = (cost.forward_flops + cost.backward_flops) / (base.forward_flops + base.backward_flops)
+    copies = cost.saved / HOST_BANDWIDTH / (cost.forward_flops / FLOPS)  # of the forward's time
+    waiting = max(0.0, copies - 1) * cost.forward_flops / (base.forward_flops + base.backward_flops)
+    return compute * (1 + ROW_COST / tokens) + (2 * waiting + 0.02 if offload else 0.0)
+
+
+def _mixed(cost: BlockCost, share: float, input_bytes: int) -> BlockCost:
+    """The mean of blocks of which ``share`` run under torch.utils.checkpoint."""
+    again = round(share * cost.forward_flops)
+    saved = round((1 - share) * cost.saved + share * input_bytes)
+    return replace(cost, saved=saved, backward_flops=cost.backward_flops + again)
+
+
+def _draws_random_numbers(layer: nn.Module) -> bool:
+    """By the convention that a module which drops values says so in an attribute ``dropout`` or is an nn.Dropout."""
+    return any(
+        bool(vars(module).get("dropout")) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        for module in layer.modules()
+    )
+
+
+def _available(model: nn.Module, device: torch.device) -> int:
+    """Bytes for this model on ``device``: what is free, and what the model has already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    own = sum(t.untyped_storage().nbytes() for t in model.parameters() if t.device == device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached + own
+
+
+def _does_not_fit(plan: Plan, available: int) -> str:
+    parts = ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items())
+    return (
+        f"the model does not fit: {plan} needs about {plan.memory.total / GIB:.1f} GiB ({parts}), "
+        f"{available / GIB:.1f} GiB are free. A shorter seq_len, an adapter (LoRA), a smaller base (nf4 or fp8), an "
+        "optimizer with 8-bit states or states on the host need less; or stop what else uses the device"
+    )
