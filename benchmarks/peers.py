@@ -60,7 +60,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=BUILDERS)
     parser.add_argument("work", choices=("lora", "qlora", "fp8-lora", "full"), help="fp8-lora: Unsloth only")
@@ -74,12 +74,16 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path(tempfile.gettempdir(), "peer_checkpoints"))
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.work == "fp8-lora" and given.peer != "unsloth":
         parser.error(f"{given.peer} has no LoRA on an fp8 base")
     if given.recompute == "offload" and given.peer.startswith("hf"):
         parser.error(f"{given.peer} can't keep block inputs in host memory")
+    return given
 
+
+def main() -> None:
+    given = parse(sys.argv[1:])
     device = pick_device(given.device)
     torch.manual_seed(0)
     model, micro_step = BUILDERS[given.peer](given, device)
