@@ -1,13 +1,19 @@
-"""Speed and memory of a training step with random weights and full rows; prints one JSON line.
+"""Speed and memory of a training step with random weights; prints one JSON line.
 
-    python benchmarks/train_step.py llama3/Llama-3.1-8B --method lora --batch-size 8
+    python benchmarks/train_step.py llama3/Llama-3.1-8B --method lora --batch-size 8 --recompute none
+    python benchmarks/train_step.py llama3/Llama-3.1-8B --method fp8-lora --batch-size 8 --limit-gib 24
     python benchmarks/train_step.py llama3/Llama-3.2-1B --method full --batch-size 8 --recompute none
+    python benchmarks/train_step.py llama3/Llama-3.1-8B --lengths instruct      # packed rows of real lengths
 
-The step is the recipes': the same model, surgery, head, clipping and fused AdamW; only reading data is left out.
+The step is the recipes': the same model, surgery, plan, head, clipping and optimizer; only reading data is left out.
+Rows are full and every token is trained, or packed with documents of ``--lengths`` (tokens per second then count real
+tokens, not the padding at the end of rows).
 """
 
 import argparse
+import contextlib
 import json
+import random
 import statistics
 import time
 from functools import partial
@@ -15,80 +21,150 @@ from functools import partial
 import torch
 
 from torchft import models
+from torchft.adapters.fp8 import FP8Config, apply_fp8
+from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
-from torchft.losses.likelihood import token_nll
-from torchft.modules.decoder import init_weights
+from torchft.data.packing import pack
+from torchft.losses.likelihood import IGNORE, nll_sum
+from torchft.training.compile import compiled
 from torchft.training.environment import device_name, pick_device
 from torchft.training.meter import training_flops
 from torchft.training.metrics import mfu, peak_flops, peak_memory_gib
 from torchft.training.optim import clip_grad_norm, param_groups
+from torchft.training.recompute import apply_plan, plans
+
+WARM = 3  # steps that are not counted
 
 
 def main() -> None:
+    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a released size, such as llama3/Llama-3.1-8B")
-    parser.add_argument("--method", choices=("full", "lora", "qlora"), default="lora")
+    parser.add_argument("--method", choices=("full", "lora", "fp8-lora", "qlora"), default="lora")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per row")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
-    parser.add_argument("--recompute", choices=("none", "full"), default="full")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-step")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-steps per step")
+    parser.add_argument("--recompute", default="auto", help="none, auto, full or 0.0-1.0")
+    parser.add_argument("--offload", action="store_true", help="activations to the host")
+    parser.add_argument("--limit-gib", type=float, help="memory that auto may plan with")
+    parser.add_argument("--lengths", choices=("full", "instruct"), default="full", help="of the documents in a row")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-clip", action="store_true", help="no gradient norm")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear layers but lm_head")
-    parser.add_argument("--steps", type=int, default=12, help="the first 4 are not counted")
+    parser.add_argument("--steps", type=int, default=10, help=f"timed, after {WARM}")
+    parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
 
     device = pick_device(given.device)
+    if given.limit_gib and device.type == "cuda":
+        torch.cuda.memory.set_per_process_memory_fraction(given.limit_gib * 2**30 / torch.cuda.mem_get_info(device)[1])
     torch.manual_seed(0)
-    with_adapters = given.method != "full"
     model = models.build(given.model).to(torch.bfloat16)
-    vocab = model.config.vocab_size
     if given.method == "qlora":
-        apply_nf4(model, NF4Config(), device=device)
-    if with_adapters:
+        apply_nf4(model, NF4Config())
+    if given.method == "fp8-lora":
+        apply_fp8(model, FP8Config(), device=device)
+    if given.method != "full":
         apply_lora(model, LoRAConfig(rank=given.rank, alpha=2 * given.rank))
-    model.recompute = given.recompute == "full"
-    if not given.no_compile:
-        for layer in model.layers:
-            layer.compile(fullgraph=True)
+        fuse_lora(model)
+    packed = given.lengths != "full"
+    plan, *_ = plans(
+        model,
+        recompute=given.recompute,
+        offload=given.offload,
+        compiled=not given.no_compile,
+        rows=given.batch_size,
+        seq_len=given.seq_len,
+        packed=packed,
+        device=device,
+        limit=int(given.limit_gib * 2**30) if given.limit_gib else None,
+    )
+    apply_plan(model, plan)
     model.to_empty(device=device)
-    if given.method == "qlora":  # a quantised weight takes values by copy only
-        with torch.no_grad():
-            for p in model.parameters():
-                p.copy_(torch.randn(p.shape, device=device, dtype=torch.bfloat16) * 0.02)
-    else:
-        init_weights(model)
-    if with_adapters:
-        init_adapters(model)
+    fill(model, device)
     model.train()
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-5, fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
 
-    shape = (given.batch_size, given.seq_len)
-    seconds = []
-    for _ in range(given.steps):
-        tokens, labels = (torch.randint(0, vocab, shape, device=device) for _ in range(2))
+    seconds, real = [], []
+    profiler = torch.profiler.profile() if given.profile else contextlib.nullcontext()
+    for step in range(WARM + given.steps):
+        window = [batch(given, model.config.vocab_size) for _ in range(given.accumulate)]
+        parts = [tensors for whole in window for tensors in zip(*(t.split(plan.rows) for t in whole))]
+        supervised = sum(int((labels != IGNORE).sum()) for _, labels, _ in parts)
+        sent = [(*(t.to(device) for t in part), documents(part[2]) if packed else None) for part in parts]
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        if step == WARM + given.steps - 1:
+            profiler.__enter__()
         began = time.perf_counter()
-        loss = model(tokens, head=partial(token_nll, labels=labels)).sum() / labels.numel()
-        loss.backward()
-        clip_grad_norm(params, 1.0)
+        for tokens, labels, positions, counts in sent:
+            head = partial(nll_sum, labels=labels)
+            loss = model(tokens, positions if packed else None, documents=counts, head=head) / supervised
+            loss.backward()
+        if not given.no_clip:
+            clip_grad_norm(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - began)
+        real.append(supervised)
+        if step == 0:
+            from_start = time.perf_counter() - started
+    if given.profile:
+        profiler.__exit__(None, None, None)
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
 
-    speed = given.batch_size * given.seq_len / statistics.median(seconds[4:])
+    tokens_per_s = statistics.median(n / s for n, s in zip(real[WARM:], seconds[WARM:]))
     flops = training_flops(model, seq_len=given.seq_len)
     result = vars(given) | {
-        "tokens_per_second": round(speed),
-        "mfu": mfu(speed, flops, peak_flops(device_name(device))),
+        "tokens_per_second": round(tokens_per_s),
+        "mfu": mfu(tokens_per_s, flops, peak_flops(device_name(device))),
         "peak_memory_gib": round(peak_memory_gib(device), 1),
         "first_step_s": round(seconds[0], 1),
+        "start_to_first_step_s": round(from_start, 1),
+        "compiled": str(compiled()),
+        "plan": plan.reason,
+        "loss": round(loss.item() * given.accumulate * given.batch_size / plan.rows, 3),
+        "spread": round((max(seconds[WARM:]) - min(seconds[WARM:])) / statistics.median(seconds[WARM:]), 3),
         "trainable_parameters": num_parameters(model)[0],
         "device": device_name(device),
         "torch": torch.__version__,
     }
-    print(json.dumps(result))
+    print(json.dumps(result, default=str))
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, device: torch.device) -> None:
+    """Random weights, by copy, which quantised ones take too."""
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, device=device, dtype=torch.bfloat16) * 0.02 if p.ndim > 1 else torch.ones(()))
+    init_adapters(model)
+
+
+def batch(given: argparse.Namespace, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random tokens, labels and positions, each [b, s]."""
+    shape = (given.batch_size, given.seq_len)
+    tokens, labels = (torch.randint(0, vocab, shape) for _ in range(2))
+    positions = torch.arange(given.seq_len).repeat(given.batch_size, 1)
+    if given.lengths == "full":
+        return tokens, labels, positions
+    rng = random.Random(int(tokens[0, 0]))
+    # Instruction data: lognormal, mean 300 tokens, one in a hundred over 1600.
+    lengths = [min(given.seq_len, max(8, round(rng.lognormvariate(5.3, 0.9)))) for _ in range(64 * given.batch_size)]
+    rows = pack(lengths, given.seq_len, generator=torch.Generator().manual_seed(0))[: given.batch_size]
+    for r, row in enumerate(rows):
+        ends = torch.tensor([lengths[i] for i in row]).cumsum(0)
+        for start, end in zip([0, *ends], [*ends, given.seq_len]):
+            positions[r, start:end] = torch.arange(end - start)
+        labels[r, ends[-1] :] = IGNORE
+    return tokens, labels, positions
+
+
+def documents(positions: torch.Tensor) -> tuple[int, int]:
+    """How many documents the rows hold, and the tokens of the longest; counted on the host."""
+    return int((positions == 0).sum()), int(positions.max()) + 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torchft.data.preview import masked_tokens
 from torchft.data.summary import Summary, summarise
 from torchft.files import new_folder
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
-from torchft.losses.likelihood import token_nll
+from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder, init_weights
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
@@ -136,7 +136,8 @@ def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
     total, supervised = 0.0, 0
     for batch in loader:
         batch = batch.to(device)
-        total += model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels)).sum().item()
+        head = partial(nll_sum, labels=batch.labels)
+        total += model(batch.tokens, batch.positions, documents=batch.documents, head=head).item()
         supervised += batch.num_supervised
     model.train()
     return total / supervised
@@ -215,9 +216,9 @@ def train(config: Config, run: Run, device: torch.device) -> None:
 
             loss = torch.zeros((), device=device)
             for batch in window:
-                batch = batch.to(device)
-                nll = model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels))  # [b, s]
-                micro_loss = nll.sum() / supervised  # of the whole window: accumulation does not change the gradient
+                head = partial(nll_sum, labels=batch.labels)
+                nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
+                micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
                 micro_loss.backward()
                 loss += micro_loss.detach()
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)

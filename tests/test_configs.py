@@ -38,7 +38,7 @@ def test_config_is_valid_and_fits_its_model(name: str, tmp_path: Path) -> None:
     model = models.build(models.config_json(folder) if demo else released(folder))
     if raw["recipe"] == "lora_finetune":
         if config.nf4:
-            apply_nf4(model, config.nf4, device="meta")
+            apply_nf4(model, config.nf4)
         apply_lora(model, config.lora)
         trained, total = num_parameters(model)
         assert 0 < trained < 0.2 * total

@@ -299,7 +299,7 @@ def through_nf4(weight):
     layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
     layer.weight.data.copy_(weight)
     model = torch.nn.Sequential(layer)
-    apply_nf4(model, NF4Config(targets=[".*"]), device="cpu")
+    apply_nf4(model, NF4Config(targets=[".*"]))
     return model[0].weight.to(torch.float32)
 
 

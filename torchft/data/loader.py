@@ -28,6 +28,7 @@ class Batch:
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
     positions: Tensor | None  # [b, s] int64; None: every row is one sample from 0, padded at its end
+    documents: tuple[int, int] | None  # in packed rows: how many there are, and the tokens of the longest
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     samples: tuple[int, ...]  # which samples are in it, to name a batch that breaks training
 
@@ -169,6 +170,7 @@ class Loader:
             tokens=tokens,
             labels=labels,
             positions=positions,
+            documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
             num_supervised=int((labels != IGNORE).sum()),
             samples=tuple(sample for row in rows for sample in row),
         )

@@ -113,7 +113,7 @@ def test_the_hardware_agrees_with_the_formula(dtype):
     x, grad = torch.randn(384, 1024, dtype=dtype), torch.randn(384, 256, dtype=dtype)
     results = []
     for device in ("cpu", "cuda"):
-        here = x.to(device).requires_grad_()
+        here = x.detach().to(device).requires_grad_()
         out = copy.deepcopy(layer).to(device)(here)
         out.backward(grad.to(device))
         results.append((out.double().cpu(), here.grad.double().cpu()))

@@ -193,7 +193,7 @@ def test_the_base_may_be_loaded_in_another_dtype_or_quantised(tmp_path, dtype):
     config = LoRAConfig(rank=4, targets=["q_proj"])
     folder = write(trained(tmp_path / "base", config), tmp_path / "adapter")
     model = models.load(tmp_path / "base", dtype=dtype)
-    apply_nf4(model, NF4Config(targets=["q_proj"]), device="cpu")
+    apply_nf4(model, NF4Config(targets=["q_proj"]))
     apply_lora(model, config)
     load_peft(model, folder, hub_name=hub_name(model))
     write(model, tmp_path / "from-nf4")
