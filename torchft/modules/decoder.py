@@ -1,6 +1,7 @@
 """The decoder that every text family builds on: embed, blocks, norm, project."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
         self.recompute = 0.0  # share of the blocks that keep only their input and run again in backward
+        self.activations: AbstractContextManager = nullcontext()  # in which the blocks run: training/offload.py
 
     def forward(
         self,
@@ -101,14 +103,15 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
-        for i, layer in enumerate(self.layers):
-            sees = seen[self.sights[i]]
-            if cache is not None:
-                x = layer(x, cos, sin, sees, cache.layers[i], positions)
-            elif self.training and self._recomputed(i):
-                x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, sees)
+        with self.activations:
+            for i, layer in enumerate(self.layers):
+                sees = seen[self.sights[i]]
+                if cache is not None:
+                    x = layer(x, cos, sin, sees, cache.layers[i], positions)
+                elif self.training and self._recomputed(i):
+                    x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
+                else:
+                    x = layer(x, cos, sin, sees)
         x = self.norm(x)
         return self.project(x) if head is None else head(x, self.project)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -101,7 +102,8 @@ def _record(
     """A fake copy of each block, on ``device``, and the arguments that the model calls it with."""
     with mode:
         tensors = [*model.parameters(), *model.buffers()]
-        fake = copy.deepcopy(model, {id(t): _fake(t, device) for t in tensors})
+        memo: dict[int, Any] = {id(t): _fake(t, device) for t in tensors}
+        fake = copy.deepcopy(model, memo | {id(model.activations): nullcontext()})
         fake.layers = nn.ModuleList(_Recorder(layer) for layer in fake.layers)
         fake.recompute = 0.0
         tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)

@@ -4,7 +4,6 @@ All L blocks of a model have one graph, so it is compiled once. Settings here ar
 reads them when it partitions a graph, and they are part of the key of its cache.
 """
 
-import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import nn
 from torch._dynamo.utils import compile_times, counters
 
-log = logging.getLogger(__name__)
+from torchft.modules.decoder import Decoder
 
 
 def cache_folder() -> Path:
@@ -38,7 +36,7 @@ def keep_compiled() -> Path:
     return folder
 
 
-def compile_blocks(model: nn.Module, *, budget: float = 1.0) -> None:
+def compile_blocks(model: Decoder, *, budget: float = 1.0, backend: str = "inductor") -> None:
     """Compile each of ``model.layers``, at its first call, for exactly the shapes that it meets.
 
     ``budget`` 0.0-1.0 is the share of activations that the compiler may keep for backward, of what is fastest; below
@@ -51,7 +49,7 @@ def compile_blocks(model: nn.Module, *, budget: float = 1.0) -> None:
     for name, value in _settings(budget).items():
         setattr(functorch_config, name, value)
     for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def estimate_training(model: Decoder, *, tokens: int, chunk: int | None = 1024) 
         num_layers=config.num_layers,
         vocab=config.vocab_size,
         chunk=chunk,
-        recompute=model.recompute,
+        recompute=bool(model.recompute),
         activation_bytes=model.embed_tokens.weight.element_size(),
     )
 

@@ -5,20 +5,20 @@ Memory for activations is bought in three ways, and `auto` takes the cheapest th
 gradients are summed, so nothing changes but the size of matrix multiplications), recomputing, copies to the host.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
 from torchft.training.memory import GIB, Estimate, estimate_step
-
-log = logging.getLogger(__name__)
+from torchft.training.offload import Offload
 
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
 BUDGETS = (CHEAP, 0.6, 0.4, 0.2, 0.0)  # that auto looks at
@@ -50,7 +50,7 @@ class Plan:
             kept = "full recompute"
         elif self.share or self.budget is None:
             kept = f"{self.share:.0%} of the blocks recomputed" if self.share else "no recompute"
-        return f"{kept}{', offloaded' if self.offload else ''}, {self.rows} rows per micro-step"
+        return f"{kept}{', offloaded' if self.offload else ''}, {self.rows} row{'s' * (self.rows > 1)} per micro-step"
 
 
 def plans(
@@ -100,11 +100,11 @@ def plans(
     costs = block_costs(
         model, list(dict.fromkeys([base, *(b for b, _ in settings)])), seq_len=seq_len, packed=packed, device=device
     )
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of memory
     found = []
     for budget, share in settings:
         for r in splits:
-            leanest = budget == 0.0 or share == 1.0
-            for away in (False, True) if automatic and leanest and not offload else (offload,):
+            for away in (False, True) if automatic and not offload else (offload,):
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
@@ -115,11 +115,12 @@ def plans(
                     budget=budget, share=share, offload=away, rows=r, memory=memory, block_bytes=r * cost.saved,
                     time=_time(cost, costs[base], tokens=r * seq_len, seq_len=seq_len, offload=away),
                 )  # fmt: skip
-                found.append(plan)
+                if not away or not automatic or r * cost.saved * len(model.layers) < host / 2:
+                    found.append(plan)
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
         return [replace(found[0], reason=f"{found[0]} ({why})")]
-    return choose(found, available=_available(model, device) if limit is None else limit)
+    return choose(found, available=available_bytes(model, device) if limit is None else limit)
 
 
 def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
@@ -128,7 +129,7 @@ def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
     fitting = [i for i, plan in enumerate(ordered) if plan.memory.total <= FITS * available]
     if not fitting:
         leanest = min(found, key=lambda plan: plan.memory.total)
-        raise UserError(_does_not_fit(leanest, available))
+        raise UserError(does_not_fit(leanest, available))
     chosen = ordered[fitting[0]]
     has = f"needs about {chosen.memory.total / GIB:.1f} of {available / GIB:.1f} GiB"
     faster = ordered[fitting[0] - 1] if fitting[0] else None
@@ -141,9 +142,10 @@ def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
     return result
 
 
-def apply(model: Decoder, plan: Plan) -> None:
+def apply_plan(model: Decoder, plan: Plan) -> None:
     """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
     model.recompute = plan.share
+    model.activations = Offload(model, window=2 * plan.block_bytes) if plan.offload else nullcontext()
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
 
@@ -171,7 +173,7 @@ def _draws_random_numbers(layer: nn.Module) -> bool:
     )
 
 
-def _available(model: nn.Module, device: torch.device) -> int:
+def available_bytes(model: nn.Module, device: torch.device) -> int:
     """Bytes for this model on ``device``: what is free, and what the model has already."""
     free, _ = torch.cuda.mem_get_info(device)
     own = sum(t.untyped_storage().nbytes() for t in model.parameters() if t.device == device)
@@ -179,7 +181,7 @@ def _available(model: nn.Module, device: torch.device) -> int:
     return free + cached + own
 
 
-def _does_not_fit(plan: Plan, available: int) -> str:
+def does_not_fit(plan: Plan, available: int) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items())
     return (
         f"the model does not fit: {plan} needs about {plan.memory.total / GIB:.1f} GiB ({parts}), "

@@ -1,0 +1,99 @@
+"""Whether a plan of `recompute` really fits: a full micro-step before training, that falls back to leaner plans."""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from torchft.errors import UserError
+from torchft.modules.decoder import Decoder
+from torchft.training.memory import GIB
+from torchft.training.recompute import Plan, apply_plan, available_bytes, does_not_fit
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (tokens, labels, positions), each [b, s] -> loss
+
+
+def settle(
+    model: Decoder,
+    found: Sequence[Plan],
+    step: Step,
+    *,
+    seq_len: int,
+    packed: bool,
+    device: torch.device,
+    limit: int | None = None,
+) -> Plan:
+    """Apply the first plan of ``found`` whose full micro-step really runs, which also compiles what training will need.
+
+    ``step`` gives the loss of a micro-step. It gets random tokens, all trained on, while a block of memory stands in
+    for the optimizer's states. Weights, gradients and random states are left as they were. Call it before there are
+    hooks that step in backward. On CPUs the first plan is applied untried.
+
+    Raises:
+        UserError: no plan runs within the device's memory, or below ``limit`` bytes.
+    """
+    if device.type != "cuda":
+        apply_plan(model, found[0])
+        return found[0]
+    for plan in found:
+        apply_plan(model, plan)
+        if _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
+            return plan
+        log.warning("out of memory in a trial micro-step: %s", plan)
+    raise UserError(does_not_fit(found[-1], available_bytes(model, device) if limit is None else limit))
+
+
+def _runs(
+    model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool, device: torch.device, limit: int | None
+) -> bool:
+    assert all(p.grad is None for p in model.parameters()), "before the first step"
+    params = [p for p in model.parameters() if p.requires_grad]
+    hooks = []
+    if plan.memory.gradients < sum(p.nbytes for p in params):  # they are freed in backward
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in params]
+    try:
+        peak = _peak(model, plan, step, seq_len=seq_len, packed=packed, device=device)
+        ok = limit is None or peak <= limit
+    except torch.OutOfMemoryError:
+        ok = False  # cleaned up below, where the exception no longer holds what the frames it came through held
+    for hook in hooks:
+        hook.remove()
+    for p in params:
+        p.grad = None
+    if not ok:
+        model.activations = nullcontext()
+        gc.collect()
+        torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return ok
+
+
+def _peak(model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool, device: torch.device) -> int:
+    """Bytes allocated at the peak of two micro-steps, the second with the gradients of the first, as accumulated."""
+    torch.cuda.reset_peak_memory_stats(device)
+    states = torch.empty(plan.memory.optimizer, dtype=torch.uint8, device=device)
+    with torch.random.fork_rng([device]):
+        for _ in range(2):
+            tokens = torch.randint(model.config.vocab_size, (plan.rows, seq_len), device=device)
+            positions = torch.arange(seq_len, device=device).expand(plan.rows, -1) if packed else None
+            step(tokens, tokens, positions).backward()
+    del states
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
+
+
+def out_of_memory(plan: Plan, error: torch.OutOfMemoryError) -> UserError:
+    """What to tell a user whose training ran out of memory after all."""
+    return UserError(
+        f"the device is out of memory with {plan}, which was expected to need {plan.memory.total / GIB:.1f} GiB: "
+        f"{str(error).splitlines()[0]}. "
+        "Set a smaller batch_size or seq_len, recompute: full, or offload_activations: true"
+    )
