@@ -131,14 +131,18 @@ def build_unsloth(given: argparse.Namespace, device: torch.device) -> tuple[nn.M
     from unsloth import FastLanguageModel
 
     recompute = {"none": False, "full": True, "offload": "unsloth"}[given.recompute]
+    base = (
+        {"load_in_fp8": True, "load_in_4bit": False}
+        if given.work == "fp8-lora"
+        else {"load_in_4bit": given.work == "qlora"}
+    )
     model, _ = FastLanguageModel.from_pretrained(
         saved_checkpoint(given.shape, given.checkpoint_dir, device),
         max_seq_length=given.seq_len,
         dtype=torch.bfloat16,
-        load_in_4bit=given.work == "qlora",
-        load_in_fp8=given.work == "fp8-lora",
         full_finetuning=given.work == "full",
         use_gradient_checkpointing=recompute,
+        **base,
     )
     if given.work != "full":
         model = FastLanguageModel.get_peft_model(
@@ -147,7 +151,7 @@ def build_unsloth(given: argparse.Namespace, device: torch.device) -> tuple[nn.M
             lora_alpha=2 * RANK,
             target_modules=PROJECTIONS,
             use_gradient_checkpointing=recompute,
-            checkpoint_skip_layers=given.keep_layers,
+            **({"checkpoint_skip_layers": given.keep_layers} if given.keep_layers else {}),
         )
     return model, hf_loss(model, device)
 
