@@ -1,6 +1,6 @@
 """Rows of logits -> log-probability, entropy, gradient: the PyTorch twin against fp64, the kernel against its twin.
 
-Without a GPU the kernel can be read by Triton's interpreter: pip install triton, then TRITON_INTERPRET=1 pytest <this>.
+Without a GPU the kernel runs in Triton's interpreter: pip install triton "numpy<2.4", TRITON_INTERPRET=1 pytest <this>.
 """
 
 import importlib.util
@@ -104,7 +104,7 @@ def test_kernel_is_its_twin(device, dtype, v):
         assert (got[1] is None) == (want[1] is None)
         for a, b in zip(got, want):
             assert a is None or distance(a, b)[0] <= 3e-5
-        bar = 4e-3 if dtype == torch.bfloat16 else 3e-6  # a rounding of bf16 may fall to the other side
+        bar = (8e-3 if INTERPRETED else 1e-3) if dtype == torch.bfloat16 else 3e-6  # the interpreter cuts bits off
         assert v == 1 or distance(ours, twins)[1] <= bar
         assert v > 1 or distance(ours, twins)[0] <= 1e-5
 
@@ -159,7 +159,7 @@ def test_kernel_past_2_to_the_31_logits():
     want = row_logps_reference(tail, labels[-20:], 1.0, False, torch.ones(20, device="cuda"), None)
     got = row_logps(logits, labels, grad_logp=torch.ones(t, device="cuda"))
     assert distance(got[0][-20:], want[0])[0] <= 3e-5
-    assert distance(logits[-20:], tail)[1] <= 4e-3
+    assert distance(logits[-20:], tail)[1] <= 1e-3
 
 
 @pytest.mark.gpu
