@@ -74,7 +74,7 @@ def test_host_memory_is_used_again(small, device):
 
 
 def test_each_storage_is_copied_once_and_weights_never(small):
-    net, x = make("cpu", 32, 64, num_layers=1)
+    net, x = make("cpu", 32, 64, num_layers=2)
     away = Offload(net, window=0)
     saved = {}
 
