@@ -11,7 +11,7 @@ from oracles import mean_nll
 from tiny import decoder, tokens
 
 from torchft.adapters.lora import LoRAConfig, apply_lora
-from torchft.training.compile import compile_blocks, compiled, keep_compiled
+from torchft.training.compile import compile_blocks, compiled, compiler_settings, keep_compiled
 
 EAGER = "aot_eager_decomp_partition"  # the compiler without C++
 
@@ -125,3 +125,20 @@ def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
     assert (warm["misses"], warm["hits"], warm["bypassed"]) == (0, 1, 0) and warm["says"].endswith("from the cache")
     assert warm["seconds"] < cold["seconds"] / 2
     assert list((tmp_path / "torchft" / "compiled").iterdir())
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def test_autograd_functions_of_our_own_do_not_bypass_the_cache():
+    with compiler_settings(0.8):
+        torch.compile(lambda x: 2 * Sine.apply(x), fullgraph=True)(torch.randn(8, requires_grad=True)).sum().backward()
+    assert compiled().bypassed == 0 and compiled().misses == 1
