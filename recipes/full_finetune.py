@@ -10,6 +10,7 @@ To change it: `tune cp full_finetune my_recipe.py`, then `tune run my_recipe.py 
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
+from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
 from torchft.data.summary import Summary, summarise
 from torchft.files import new_folder
@@ -35,8 +37,8 @@ from torchft.training import checkpoint, fault
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.environment import device_name, pick_device
+from torchft.training.in_backward import InBackward
 from torchft.training.loggers import Loggers
-from torchft.training.memory import estimate_training
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups, warn_if_frozen
@@ -44,6 +46,8 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.stochastic import rounds_stochastically
+from torchft.training.trial import fit
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,7 +78,9 @@ class Config:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, gradients, optimizer states and computation
     device: str = "auto"  # auto takes the accelerator if there is one
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
-    recompute: Literal["none", "full"] = "none"  # full: keep only block inputs, compute blocks again in backward
+    recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
+    # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
+    offload_activations: bool = False  # keep them in host memory; auto turns it on if nothing else fits
 
     # Optimisation
     optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
@@ -83,6 +89,7 @@ class Config:
     lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
         "torchft.training.schedules.cosine", {"warmup_share": 0.03}
     )
+    optimizer_in_backward: bool = False  # step each weight as its gradient comes, and free it: saves all gradients
     clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
     seed: Annotated[int, Range(min=0)] = 0
 
@@ -99,14 +106,14 @@ class Config:
     def conflicts(self) -> Iterator[str]:
         if self.eval_every and not self.dataset_eval and not self.exact_match:
             yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
+        if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
+            yield "optimizer_in_backward: gradients are freed at once, so set gradient_accumulation_steps: 1"
+        if self.optimizer_in_backward and self.clip_grad_norm is not None:
+            yield "optimizer_in_backward: the total norm comes too late for clipping, so set clip_grad_norm: null"
 
 
 def build_model(config: Config, device: torch.device) -> Decoder:
     model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
-    model.recompute = config.recompute == "full"
-    if config.compile:
-        for layer in model.layers:
-            layer.compile(fullgraph=True)
     model.to_empty(device=device)
     if config.from_scratch:
         init_weights(model)
@@ -115,18 +122,20 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     return model.train()
 
 
-def build_data(config: Config, tokenizer: Tokenizer, vocab_size: int) -> tuple[Loader, Loader | None, Summary]:
+def build_data(
+    config: Config, tokenizer: Tokenizer, vocab_size: int, rows: int
+) -> tuple[Loader, Loader | None, Summary]:
     """Batches to train on, held-out batches, and what the training data holds. Refuses data that cannot train."""
     samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summary = summarise(samples)
     summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
     pad_to = config.seq_len if config.compile and not config.packed else None  # one shape, one compilation
-    rows = {"batch_size": config.batch_size, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
+    how = {"batch_size": rows, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
     if config.dataset_eval is None:
-        return Loader(samples, **rows), None, summary
+        return Loader(samples, **how), None, summary
     held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
-    return Loader(samples, **rows), Loader(held_out, shuffle=False, **rows), summary
+    return Loader(samples, **how), Loader(held_out, shuffle=False, **how), summary
 
 
 @torch.no_grad()
@@ -162,12 +171,26 @@ def main(config: Config) -> None:
 def train(config: Config, run: Run, device: torch.device) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     model = build_model(config, device)
-    loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
+    plan = fit(
+        model,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
+        recompute=config.recompute,
+        offload=config.offload_activations,
+        compiled=config.compile,
+        rows=config.batch_size,
+        seq_len=config.seq_len,
+        packed=config.packed,
+        device=device,
+        gradient_bytes=0 if config.optimizer_in_backward else None,
+    )
+    train_loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size, plan.rows)
+    micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    loader = Prefetch(train_loader, device, depth=2 * micro_steps)
     exam = config.exact_match
     questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
 
     optimizer = config.optimizer.build(param_groups(model))
-    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(len(loader) / micro_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     step = 0
     if saved := checkpoint.latest(run.path, run.id):
@@ -178,7 +201,6 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    memory = estimate_training(model, tokens=config.batch_size * config.seq_len)
     params = list(model.parameters())
     total = sum(p.numel() for p in params)
     facts = {
@@ -187,18 +209,20 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         "trained": "all of them" + (", from scratch" if config.from_scratch else ""),
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
-        "memory": ", ".join(f"{name} {size}" for name, size in memory.lines().items()) + " (estimate)",
+        "activations": plan.reason,
+        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
         "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
     }
     console = Console()
     first_panel(console, "Full fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
-    check_space(run.path, 3 * memory.weights, copies=config.keep_last + 2)
+    check_space(run.path, 3 * plan.memory.weights, copies=config.keep_last + 2)
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
     meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
-    warn_if_frozen(params, max(float(group["initial_lr"]) for group in optimizer.param_groups))
+    if not rounds_stochastically(optimizer):
+        warn_if_frozen(params, max(float(group["initial_lr"]) for group in optimizer.param_groups))
     before: list[Answer] = []
     if exam and step == 0:
         before = answer_all(model, tokenizer, questions, exam)
@@ -207,9 +231,10 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
-    with Steps(console, total_steps, start=step) as progress:
+    in_backward = InBackward(optimizer, model) if config.optimizer_in_backward else None
+    with Steps(console, total_steps, start=step) as progress, closing(loader):
         while step < total_steps:
-            window = loader.take(config.gradient_accumulation_steps)  # fewer where an epoch ends
+            window = loader.take(micro_steps)  # fewer where an epoch ends
             supervised = sum(batch.num_supervised for batch in window)
             fault.point("before_step", step=step)
             lr = float(optimizer.param_groups[0]["lr"])
@@ -221,12 +246,15 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            grad_norm = clip_grad_norm(params, config.clip_grad_norm)
-            rows = (loader.samples.where(i) for batch in window for i in batch.samples)
-            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
-            optimizer.step()
+            rows = [loader.samples.where(i) for batch in window for i in batch.samples]
+            if in_backward:
+                grad_norm = in_backward.finish(step + 1, loss=loss, rows=rows)
+            else:
+                grad_norm = clip_grad_norm(params, config.clip_grad_norm)
+                check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
             step += 1
 
             meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)

@@ -10,6 +10,7 @@ To change it: `tune cp lora_finetune my_recipe.py`, then `tune run my_recipe.py 
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
+from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
 from torchft.data.summary import Summary, summarise
 from torchft.files import new_folder
@@ -41,7 +43,6 @@ from torchft.training.console import Console, Steps, answers_table, count, first
 from torchft.training.disk import check_space
 from torchft.training.environment import device_name, pick_device
 from torchft.training.loggers import Loggers
-from torchft.training.memory import estimate_training
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups
@@ -49,6 +50,7 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.trial import fit
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -82,7 +84,9 @@ class Config:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of the computation; adapters are fp32
     device: str = "auto"  # auto takes the accelerator if there is one
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
-    recompute: Literal["none", "full"] = "none"  # full: keep only block inputs, compute blocks again in backward
+    recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
+    # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
+    offload_activations: bool = False  # keep them in host memory; auto turns it on if nothing else fits
 
     # Optimisation
     optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
@@ -121,28 +125,26 @@ def build_model(config: Config, device: torch.device) -> Decoder:
         apply_fp8(model, config.fp8, device=device)
     apply_lora(model, config.lora)
     fuse_lora(model)
-    model.recompute = config.recompute == "full"
-    if config.compile:
-        for layer in model.layers:
-            layer.compile(fullgraph=True)
     model.to_empty(device=device)
     hub.load_weights(model, config.checkpoint_dir)
     init_adapters(model)
     return model.train()
 
 
-def build_data(config: Config, tokenizer: Tokenizer, vocab_size: int) -> tuple[Loader, Loader | None, Summary]:
+def build_data(
+    config: Config, tokenizer: Tokenizer, vocab_size: int, rows: int
+) -> tuple[Loader, Loader | None, Summary]:
     """Batches to train on, held-out batches, and what the training data holds. Refuses data that cannot train."""
     samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summary = summarise(samples)
     summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
     pad_to = config.seq_len if config.compile and not config.packed else None  # one shape, one compilation
-    rows = {"batch_size": config.batch_size, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
+    how = {"batch_size": rows, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
     if config.dataset_eval is None:
-        return Loader(samples, **rows), None, summary
+        return Loader(samples, **how), None, summary
     held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
-    return Loader(samples, **rows), Loader(held_out, shuffle=False, **rows), summary
+    return Loader(samples, **how), Loader(held_out, shuffle=False, **how), summary
 
 
 @torch.no_grad()
@@ -184,12 +186,25 @@ def main(config: Config) -> None:
 def train(config: Config, run: Run, device: torch.device) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     model = build_model(config, device)
-    loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size)
+    plan = fit(
+        model,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
+        recompute=config.recompute,
+        offload=config.offload_activations,
+        compiled=config.compile,
+        rows=config.batch_size,
+        seq_len=config.seq_len,
+        packed=config.packed,
+        device=device,
+    )
+    train_loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size, plan.rows)
+    micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    loader = Prefetch(train_loader, device, depth=2 * micro_steps)
     exam = config.exact_match
     questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
 
     optimizer = config.optimizer.build(param_groups(model))
-    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(len(loader) / micro_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     step, base = 0, base_fingerprint(config.checkpoint_dir)
     if saved := checkpoint.latest(run.path, run.id, base=base):
@@ -201,19 +216,19 @@ def train(config: Config, run: Run, device: torch.device) -> None:
 
     trained, total = num_parameters(model)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    memory = estimate_training(model, tokens=config.batch_size * config.seq_len)
     facts = {
         "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
         "device": f"{device_name(device)}, {config.dtype}",
         "trained": f"{count(trained)} ({trained / total:.2%}), LoRA rank {config.lora.rank} on {config.lora.targets}",
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
-        "memory": ", ".join(f"{name} {size}" for name, size in memory.lines().items()) + " (estimate)",
+        "activations": plan.reason,
+        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
         "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
     }
     console = Console()
     first_panel(console, "LoRA fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
-    check_space(run.path, 3 * memory.gradients, copies=config.keep_last + 2)
+    check_space(run.path, 3 * plan.memory.gradients, copies=config.keep_last + 2)
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
@@ -228,9 +243,9 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
-    with Steps(console, total_steps, start=step) as progress:
+    with Steps(console, total_steps, start=step) as progress, closing(loader):
         while step < total_steps:
-            window = loader.take(config.gradient_accumulation_steps)  # fewer where an epoch ends
+            window = loader.take(micro_steps)  # fewer where an epoch ends
             supervised = sum(batch.num_supervised for batch in window)
             fault.point("before_step", step=step)
             lr = float(optimizer.param_groups[0]["lr"])

@@ -175,14 +175,14 @@ def test_plain_text_needs_no_chat_format(full, base, tmp_path, no_picture):
 def test_n1_weights_stay_those_of_the_step_before(full, tmp_path, monkeypatch, no_picture):
     """With every weight trained too: a poisoned micro-batch changes nothing, and the run can go on."""
     recipe, calls = full.args[0], []
-    token_nll = recipe.token_nll
+    nll_sum = recipe.nll_sum
 
     def poisoned(hidden, project, *, labels):
         calls.append(labels)
-        return token_nll(hidden, project, labels=labels) * (float("nan") if len(calls) == 3 else 1.0)
+        return nll_sum(hidden, project, labels=labels) * (float("nan") if len(calls) == 3 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "token_nll", poisoned)
+        patch.setattr(recipe, "nll_sum", poisoned)
         with pytest.raises(UserError, match=r"^step 2: loss nan, .*rows of this batch: .*train\.jsonl:\d+, "):
             full(tmp_path / "run", "save_every=1")
     whole, resumed = (full(tmp_path / name, "save_every=1") for name in ("whole", "run"))

@@ -452,16 +452,16 @@ def test_n1_a_loss_that_is_not_finite(lora, tmp_path, monkeypatch, no_picture):
     """In the second micro-batch of step 3: nothing changes, the rows are named, and the run can go on from step 2."""
     recipe = lora.args[0]
     built, calls = [], []
-    build_model, token_nll = recipe.build_model, recipe.token_nll
+    build_model, nll_sum = recipe.build_model, recipe.nll_sum
 
     def poisoned(hidden, project, *, labels):
         calls.append(labels)
-        return token_nll(hidden, project, labels=labels) * (float("nan") if len(calls) == 6 else 1.0)
+        return nll_sum(hidden, project, labels=labels) * (float("nan") if len(calls) == 6 else 1.0)
 
     whole = lora(tmp_path / "whole", "save_every=1", "epochs=1")
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "build_model", lambda *args: built.append(build_model(*args)) or built[-1])
-        patch.setattr(recipe, "token_nll", poisoned)
+        patch.setattr(recipe, "nll_sum", poisoned)
         with pytest.raises(UserError, match=r"^step 3: loss nan, gradient norm nan: .* gradients of 28 param") as stop:
             lora(tmp_path / "run", "save_every=1", "epochs=1")
     lines = re.findall(r"train\.jsonl:(\d+)", str(stop.value))

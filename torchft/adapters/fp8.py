@@ -53,8 +53,9 @@ def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device) -> l
         raise UserError(*problems)
     for layer in layers.values():
         weight = layer.weight.detach()
-        empty = (weight.new_empty(weight.shape, dtype=FP8), weight.new_empty(weight.shape[::-1], dtype=FP8))
-        quantised = FP8Weight(*empty, weight.new_empty(weight.shape[0], dtype=torch.float32), weight.dtype)
+        codes, transposed = (weight.new_empty(shape, dtype=FP8) for shape in (weight.shape, weight.shape[::-1]))
+        scale = weight.new_empty(weight.shape[0], dtype=torch.float32)
+        quantised = FP8Weight(codes, transposed, scale, weight.dtype)
         if not weight.is_meta:
             quantised.copy_(weight)
         layer.weight = nn.Parameter(quantised, requires_grad=False)
@@ -121,7 +122,7 @@ class FP8Weight(Tensor):
         """Its values [out, in]."""
         return (self.codes.float() * self.scale[:, None]).to(self.dtype)
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # an argument that only torch passes on to itself
         return f"FP8Weight({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
 
     def _stable_hash_for_caching(self) -> str:  # what compiled code depends on, for torch.compile's cache on disk
@@ -147,7 +148,7 @@ class FP8Weight(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub lacks ``func``
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         first, *others = args
@@ -163,6 +164,8 @@ class FP8Weight(Tensor):
             return first.copy_(others[0].dequantised())
         if func in (aten.detach.default, aten.clone.default, aten.empty_like.default, aten._to_copy.default):
             kwargs = {key: kwargs[key] for key in kwargs.keys() & {"device", "non_blocking"}}
-            parts = (func(part, *others, **kwargs) for part in (first.codes, first.transposed, first.scale))
-            return FP8Weight(*parts, first.dtype)
+            codes, transposed, scale = (
+                func(part, *others, **kwargs) for part in (first.codes, first.transposed, first.scale)
+            )
+            return FP8Weight(codes, transposed, scale, first.dtype)
         raise TypeError(f"{func} does not work on an fp8 weight: take its values, with .to(dtype)")

@@ -44,9 +44,7 @@ def fuse_lora(model: nn.Module) -> list[str]:
 
 
 def _fits(mlp: GatedMLP) -> bool:
-    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if mlp.act is not F.silu or not all(isinstance(layer, LoRALinear) for layer in layers):
-        return False
-    plain = all(layer.lora_magnitude is None and not layer.dropout for layer in layers)  # type: ignore[union-attr]
+    layers = [x for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if isinstance(x, LoRALinear)]
+    plain = all(layer.lora_magnitude is None and not layer.dropout for layer in layers)
     ranks = {layer.rank for layer in layers}
-    return plain and len(ranks) == 1 and max(ranks) <= MAX_RANK  # type: ignore[type-var, arg-type]
+    return mlp.act is F.silu and len(layers) == 3 and plain and len(ranks) == 1 and max(ranks) <= MAX_RANK

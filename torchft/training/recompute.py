@@ -21,7 +21,7 @@ from torchft.training.memory import GIB, Estimate, estimate_step
 from torchft.training.offload import Offload
 
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
-BUDGETS = (CHEAP, 0.6, 0.4, 0.2, 0.0)  # that auto looks at
+BUDGETS = (CHEAP, 0.5, 0.3, 0.1, 0.0)  # that auto looks at; 0.1 is the last that keeps attention
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, where budgets cannot be had
 ROW_COST = 128  # tokens: reading the weights once more takes as long as these, at 4 TB/s and 700 TFLOP/s
 HOST_BANDWIDTH = 45e9  # bytes/s each way; 55e9 measured on PCIe 5 with nothing else on it
@@ -65,6 +65,7 @@ def plans(
     device: torch.device,
     optimizer_bytes: int | None = None,
     gradient_bytes: int | None = None,
+    divide: bool = True,
     limit: int | None = None,
 ) -> list[Plan]:
     """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
@@ -73,7 +74,7 @@ def plans(
         recompute: "none" (nothing that takes long), "full" (all but the blocks' inputs), a share 0.0-1.0 of the
             activations to keep, or "auto".
         offload: always copy to the host; else auto does it if nothing else helps.
-        rows: of a batch; auto divides them into micro-steps.
+        rows: of a batch; auto divides them into micro-steps if it may ``divide``.
         optimizer_bytes: of the states; None: two per trainable value, as AdamW's. ``gradient_bytes`` likewise.
         limit: bytes of the device that may be used; None: what is free.
 
@@ -94,7 +95,7 @@ def plans(
         keep = float(recompute) if keep is None else keep
         settings = [(keep, 0.0) if budgets else (budget_of_share, 1.0 - keep)]
     automatic = recompute == "auto" and device.type == "cuda"
-    splits = [r for r in range(rows, 0, -1) if rows % r == 0] if automatic else [rows]
+    splits = [r for r in range(rows, 0, -1) if rows % r == 0] if automatic and divide else [rows]
 
     base = EAGER if not compiled else CHEAP
     costs = block_costs(

@@ -11,11 +11,36 @@ from torch import Tensor
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.training.memory import GIB
-from torchft.training.recompute import Plan, apply_plan, available_bytes, does_not_fit
+from torchft.training.recompute import Plan, apply_plan, available_bytes, does_not_fit, plans
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (tokens, labels, positions), each [b, s] -> loss
+
+
+def fit(
+    model: Decoder,
+    step: Step,
+    *,
+    recompute: str | float,
+    offload: bool,
+    compiled: bool,
+    rows: int,
+    seq_len: int,
+    packed: bool,
+    device: torch.device,
+    gradient_bytes: int | None = None,
+) -> Plan:
+    """Make ``model`` run as the config says, or as fast as fits: `plans`, of which `settle` takes the first that runs.
+
+    Without gradients that outlive their step (``gradient_bytes`` 0) a batch is not divided into micro-steps. Raises
+    UserError if nothing fits.
+    """
+    found = plans(
+        model, recompute=recompute, offload=offload, compiled=compiled, rows=rows, seq_len=seq_len, packed=packed,
+        device=device, gradient_bytes=gradient_bytes, divide=gradient_bytes != 0,
+    )  # fmt: skip
+    return settle(model, found, step, seq_len=seq_len, packed=packed, device=device)
 
 
 def settle(

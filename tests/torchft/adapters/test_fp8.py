@@ -82,7 +82,9 @@ def test_a_checkpoint_is_quantised_while_it_is_loaded(tmp_path):
     wanted = dense.layers[0].mlp.up_proj.weight
     assert (merged_tensor(model, "layers.0.mlp.up_proj.weight", torch.float32) - wanted).norm() < 0.04 * wanted.norm()
     tokens = torch.arange(60).view(2, 30)
-    nll, wanted = (F.cross_entropy(m(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()) for m in (model, dense))
+    nll, wanted = (
+        F.cross_entropy(m(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()) for m in (model, dense)
+    )
     assert 0 < abs(nll - wanted) < 0.05 * wanted
 
 

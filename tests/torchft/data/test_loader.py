@@ -12,8 +12,8 @@ from torchft import models
 from torchft.data.loader import Loader
 from torchft.data.samples import Samples, shift
 from torchft.errors import UserError
-from torchft.losses.likelihood import token_nll
-from torchft.modules import decoder
+from torchft.losses.likelihood import nll_sum
+from torchft.modules import decoder, masks
 
 N = -100
 
@@ -174,6 +174,8 @@ def test_pad_to_must_hold_the_longest_sample():
 def test_batch_to_keeps_everything():
     (batch,) = Loader(make([5, 6]), batch_size=2, seed=0, packed=True)
     same(batch.to("cpu"), batch)
+    positions = batch.positions
+    assert batch.documents == (int((positions == 0).sum()), int(positions.max()) + 1)
     assert batch.to("meta").tokens.device.type == "meta"
 
 
@@ -183,8 +185,8 @@ def gradients(model, loader):
     supervised = sum(b.num_supervised for b in batches)
     model.zero_grad()
     for batch in batches:
-        nll = model(batch.tokens, batch.positions, head=partial(token_nll, labels=batch.labels))
-        (nll.sum() / supervised).backward()
+        head = partial(nll_sum, labels=batch.labels)
+        (model(batch.tokens, batch.positions, documents=batch.documents, head=head) / supervised).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -197,7 +199,6 @@ def test_packed_gradients_equal_padded_and_a_missing_document_mask_shows(monkeyp
     padded = gradients(model, Loader(samples, batch_size=4, seed=0))
     packed = gradients(model, Loader(samples, batch_size=2, seed=3, packed=True))
     assert (packed - padded).norm() / padded.norm() <= 1e-6
-    causal = torch.ones(64, 64).tril().bool()[None, None]
-    monkeypatch.setattr(decoder, "document_mask", lambda positions, window: causal)
+    monkeypatch.setattr(decoder, "visible", lambda x, head_dim, sight, *_: masks.visible(x, head_dim, sight))
     leaky = gradients(model, Loader(samples, batch_size=2, seed=3, packed=True))
     assert (leaky - padded).norm() / padded.norm() > 0.1

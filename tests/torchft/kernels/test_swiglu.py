@@ -12,7 +12,9 @@ def inputs(t: int, f: int, r: int, *, dtype: torch.dtype, device: str = "cpu") -
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def reference(gate: Tensor, up: Tensor, gi: Tensor, ui: Tensor, gb: Tensor, ub: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+def reference(
+    gate: Tensor, up: Tensor, gi: Tensor, ui: Tensor, gb: Tensor, ub: Tensor, a: Tensor
+) -> tuple[Tensor, ...]:
     """The formula, differentiated by autograd."""
     h = F.silu(gate + gi @ gb.t()) * (up + ui @ ub.t())
     return h, h @ a.t()
