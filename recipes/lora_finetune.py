@@ -39,6 +39,7 @@ from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, fault
+from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.environment import device_name, pick_device
@@ -50,7 +51,7 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
-from torchft.training.trial import fit
+from torchft.training.trial import fit, out_of_memory_explained
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -223,6 +224,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
         "activations": plan.reason,
+        "compiled": str(compiled()) if config.compile else "no",
         "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
         "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
     }
@@ -243,7 +245,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
-    with Steps(console, total_steps, start=step) as progress, closing(loader):
+    with Steps(console, total_steps, start=step) as progress, closing(loader), out_of_memory_explained(plan):
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
             supervised = sum(batch.num_supervised for batch in window)

@@ -68,64 +68,8 @@ def estimate_step(
     )
 
 
-def estimate_training(model: Decoder, *, tokens: int, chunk: int | None = 1024) -> Estimate:
-    """Of training ``model`` with AdamW on micro-batches of ``tokens``, from its parameters and config."""
-    parameters = list(model.parameters())
-    trainable = sum(p.nbytes for p in parameters if p.requires_grad)
-    config = model.config
-    return estimate(
-        weight_bytes=sum(map(stored_bytes, parameters)),
-        trainable_bytes=trainable,
-        optimizer_bytes=2 * trainable,
-        tokens=tokens,
-        dim=config.dim,
-        mlp_dim=config.hidden_dim,
-        num_layers=config.num_layers,
-        vocab=config.vocab_size,
-        chunk=chunk,
-        recompute=bool(model.recompute),
-        activation_bytes=model.embed_tokens.weight.element_size(),
-    )
-
-
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes in memory: of a quantised tensor, of the tensors that it is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-
-
-def estimate(
-    *,
-    weight_bytes: int,
-    trainable_bytes: int,
-    optimizer_bytes: int,
-    tokens: int,
-    dim: int,
-    mlp_dim: int,
-    num_layers: int,
-    vocab: int,
-    chunk: int | None,
-    recompute: bool,
-    activation_bytes: int = 2,
-) -> Estimate:
-    """Memory of one training step of a decoder, attention without the matrix of scores.
-
-    weights: as stored. gradients: one per trainable weight, same dtype. optimizer: given (AdamW: twice the trainable
-    bytes). activations, per layer and token: 10 values of size dim (residual twice, two norms' inputs and outputs, q,
-    k, v, the attention's output) and 4 of size mlp_dim (gate, up, their activation and product). With recompute: one
-    value of size dim per layer, plus one layer in full. logits: one chunk of tokens in fp32, and its gradient.
-
-    Args:
-        tokens: of one micro-batch: batch_size * seq_len.
-        chunk: tokens whose logits exist at a time; None: all.
-    """
-    layer = tokens * (10 * dim + 4 * mlp_dim) * activation_bytes
-    kept = tokens * dim * activation_bytes
-    return Estimate(
-        weights=weight_bytes,
-        gradients=trainable_bytes,
-        optimizer=optimizer_bytes,
-        activations=num_layers * kept + layer if recompute else num_layers * layer,
-        working=2 * min(tokens, chunk or tokens) * vocab * 4,
-    )

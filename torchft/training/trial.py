@@ -2,8 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -115,10 +115,14 @@ def _drop(p: Tensor) -> None:
     p.grad = None
 
 
-def out_of_memory(plan: Plan, error: torch.OutOfMemoryError) -> UserError:
-    """What to tell a user whose training ran out of memory after all."""
-    return UserError(
-        f"the device is out of memory with {plan}, which was expected to need {plan.memory.total / GIB:.1f} GiB: "
-        f"{str(error).splitlines()[0]}. "
-        "Set a smaller batch_size or seq_len, recompute: full, or offload_activations: true"
-    )
+@contextmanager
+def out_of_memory_explained(plan: Plan) -> Iterator[None]:
+    """Around training: running out of memory after all becomes a UserError with the ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"the device is out of memory with {plan}, which was expected to need {plan.memory.total / GIB:.1f} GiB: "
+            f"{str(e).splitlines()[0]}. "
+            "Set a smaller batch_size or seq_len, recompute: full, or offload_activations: true"
+        ) from None

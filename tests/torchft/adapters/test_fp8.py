@@ -104,7 +104,7 @@ def test_compiled_it_is_one_graph_that_keeps_nothing_but_the_weight():
 
 def test_odd_sizes_are_refused():
     model = nn.Sequential(nn.Linear(24, 16))
-    with pytest.raises(UserError, match="fp8.targets: 0 is 16 x 24, not multiples of 16"):
+    with pytest.raises(UserError, match=r"fp8\.targets: 0 is 16 x 24, not multiples of 16"):
         apply_fp8(model, FP8Config(), device=CPU)
 
 

@@ -49,7 +49,9 @@ def test_compiled_it_is_one_graph_with_the_same_numbers() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("t, f, r", [(1, 1024, 8), (257, 1376, 16), (2048, 14336, 16), (64, 8192, 64), (33, 2050, 5)])
+@pytest.mark.parametrize(
+    ("t", "f", "r"), [(1, 1024, 8), (257, 1376, 16), (2048, 14336, 16), (64, 8192, 64), (33, 2050, 5)]
+)
 def test_the_kernel_agrees_with_the_formula(t: int, f: int, r: int) -> None:
     xs = inputs(t, f, r, dtype=torch.bfloat16, device="cuda")
     wide = [x.detach().double().requires_grad_() for x in xs]

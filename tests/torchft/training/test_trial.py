@@ -15,7 +15,7 @@ from torchft.training.compile import compiled
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
 from torchft.training.recompute import apply_plan, plans
-from torchft.training.trial import out_of_memory, settle
+from torchft.training.trial import out_of_memory_explained, settle
 
 CUDA = torch.device("cuda", 0)
 SEQ = 1024
@@ -70,7 +70,9 @@ def test_cpus_need_no_trial():
 
 def test_message_when_training_runs_out_all_the_same():
     (plan,) = found_for(model_on("cpu"), torch.device("cpu"), recompute="none")
-    message = str(out_of_memory(plan, torch.OutOfMemoryError("CUDA out of memory. Tried 5 GiB\nmore")))
+    with pytest.raises(UserError) as stop, out_of_memory_explained(plan):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried 5 GiB\nmore")
+    message = str(stop.value)
     assert "Tried 5 GiB" in message and "offload_activations" in message and "more" not in message
 
 
@@ -79,7 +81,7 @@ def test_message_when_training_runs_out_all_the_same():
 def test_a_limit_is_kept(packed):
     model = model_on(CUDA)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    limit = sum(p.nbytes for p in model.parameters()) + (120 << 20)
+    limit = torch.cuda.memory_allocated() + (200 << 20)  # what other tests and cuBLAS hold counts too
     found = found_for(model, CUDA, packed=packed, limit=limit)
     state = torch.cuda.get_rng_state(CUDA)
     plan = settle(model, found, partial(step, model), seq_len=SEQ, packed=packed, device=CUDA, limit=limit)
