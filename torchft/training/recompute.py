@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
@@ -24,6 +25,9 @@ CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions
 BUDGETS = (CHEAP, 0.5, 0.3, 0.1, 0.0)  # that auto looks at; 0.1 is the last that keeps attention
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, where budgets cannot be had
 ROW_COST = 128  # tokens: reading the weights once more takes as long as these, at 4 TB/s and 700 TFLOP/s
+# Seconds that the host needs to launch one block's forward and backward, compiled, and more for each quantised weight:
+# small micro-steps wait for it. From steps of 2048 tokens of an 8B model on an H200 (bf16 4.3 ms a block, NF4 6.9).
+LAUNCH, LAUNCH_QUANTISED = 4e-3, 0.4e-3
 HOST_BANDWIDTH = 45e9  # bytes/s each way; 55e9 measured on PCIe 5 with nothing else on it
 FLOPS = 500e12  # per second, of a block, to know whether copies are done in time
 FITS = 0.94  # share of the memory that is planned with: the rest is the allocator's and the libraries'
@@ -102,6 +106,8 @@ def plans(
         model, list(dict.fromkeys([base, *(b for b, _ in settings)])), seq_len=seq_len, packed=packed, device=device
     )
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of memory
+    quantised = sum(is_traceable_wrapper_subclass(p) for p in model.layers[0].parameters())
+    launch = LAUNCH + LAUNCH_QUANTISED * quantised
     found = []
     for budget, share in settings:
         for r in splits:
@@ -114,7 +120,7 @@ def plans(
                 )  # fmt: skip
                 plan = Plan(
                     budget=budget, share=share, offload=away, rows=r, memory=memory, block_bytes=r * cost.saved,
-                    time=_time(cost, costs[base], tokens=r * seq_len, seq_len=seq_len, offload=away),
+                    time=_time(cost, costs[base], rows=r, seq_len=seq_len, offload=away, launch=launch),
                 )  # fmt: skip
                 if not away or not automatic or r * cost.saved * len(model.layers) < host / 2:
                     found.append(plan)
@@ -151,12 +157,13 @@ def apply_plan(model: Decoder, plan: Plan) -> None:
         compile_blocks(model, budget=plan.budget)
 
 
-def _time(cost: BlockCost, base: BlockCost, *, tokens: int, seq_len: int, offload: bool) -> float:
+def _time(cost: BlockCost, base: BlockCost, *, rows: int, seq_len: int, offload: bool, launch: float) -> float:
     """Relative time of a block per token."""
-    compute = (cost.forward_flops + cost.backward_flops) / (base.forward_flops + base.backward_flops)
-    copies = cost.saved / HOST_BANDWIDTH / (cost.forward_flops / FLOPS)  # of the forward's time
-    waiting = max(0.0, copies - 1) * cost.forward_flops / (base.forward_flops + base.backward_flops)
-    return compute * (1 + ROW_COST / tokens) + (2 * waiting + 0.02 if offload else 0.0)
+    again = (cost.forward_flops + cost.backward_flops) / (base.forward_flops + base.backward_flops)
+    base_s = rows * (base.forward_flops + base.backward_flops) / FLOPS
+    compute_s = again * max(base_s * (1 + ROW_COST / (rows * seq_len)), launch)  # what runs again is launched again
+    copies_s = rows * (cost.saved / HOST_BANDWIDTH - cost.forward_flops / FLOPS) if offload else 0.0  # beyond forward
+    return (compute_s + 2 * max(0.0, copies_s)) / base_s + (0.02 if offload else 0.0)
 
 
 def _mixed(cost: BlockCost, share: float, input_bytes: int) -> BlockCost:

@@ -171,10 +171,14 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch, compiled):
 
 
 def test_fewer_rows_come_before_recompute(monkeypatch):
+    monkeypatch.setattr(recompute, "LAUNCH", 0.0)  # as for a model whose blocks take longer than their launch
     model = model_of("lora", hidden_size=256, intermediate_size=1024)
     first = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=2048)[0]
     plan = on_a_gpu(monkeypatch, model, limit=int(0.5 * first.memory.total), seq_len=2048)[0]
     assert plan.share == 0.0 and plan.rows < 8
+    monkeypatch.setattr(recompute, "LAUNCH", 1.0)
+    slow_host = on_a_gpu(monkeypatch, model, limit=int(0.5 * first.memory.total), seq_len=2048)[0]
+    assert slow_host.share > 0.0 and slow_host.rows > plan.rows
 
 
 def test_choose_falls_to_leaner_plans():
