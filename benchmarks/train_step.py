@@ -18,6 +18,7 @@ import statistics
 import time
 from functools import partial
 
+import psutil
 import torch
 
 from torchft import models
@@ -38,7 +39,6 @@ WARM = 3  # steps that are not counted
 
 
 def main() -> None:
-    started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a released size, such as llama3/Llama-3.1-8B")
     parser.add_argument("--method", choices=("full", "lora", "fp8-lora", "qlora"), default="lora")
@@ -96,6 +96,8 @@ def main() -> None:
         supervised = sum(int((labels != IGNORE).sum()) for _, labels, _ in parts)
         sent = [(*(t.to(device) for t in part), documents(part[2]) if packed else None) for part in parts]
         torch.cuda.synchronize() if device.type == "cuda" else None
+        if step == WARM and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if step == WARM + given.steps - 1:
             profiler.__enter__()
         began = time.perf_counter()
@@ -111,7 +113,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
         real.append(supervised)
         if step == 0:
-            from_start = time.perf_counter() - started
+            from_start = time.time() - psutil.Process().create_time()
     if given.profile:
         profiler.__exit__(None, None, None)
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
@@ -121,7 +123,7 @@ def main() -> None:
     result = vars(given) | {
         "tokens_per_second": round(tokens_per_s),
         "mfu": mfu(tokens_per_s, flops, peak_flops(device_name(device))),
-        "peak_memory_gib": round(peak_memory_gib(device), 1),
+        "peak_memory_gib": round(peak_memory_gib(device), 2),
         "first_step_s": round(seconds[0], 1),
         "start_to_first_step_s": round(from_start, 1),
         "compiled": str(compiled()),
