@@ -7,14 +7,13 @@ multiplies row by row only: the memory is that of bf16. GPUs from compute capabi
 same values by dequantising.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.adapters.quantised import QuantisedWeight
 from torchft.adapters.targets import ALL_LINEAR, find_linears
 from torchft.errors import UserError
 
@@ -55,7 +54,7 @@ def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device) -> l
         weight = layer.weight.detach()
         codes, transposed = (weight.new_empty(shape, dtype=FP8) for shape in (weight.shape, weight.shape[::-1]))
         scale = weight.new_empty(weight.shape[0], dtype=torch.float32)
-        quantised = FP8Weight(codes, transposed, scale, weight.dtype)
+        quantised = FP8Weight(codes, transposed, scale, shape=weight.shape, dtype=weight.dtype)
         if not weight.is_meta:
             quantised.copy_(weight)
         layer.weight = nn.Parameter(quantised, requires_grad=False)
@@ -104,68 +103,23 @@ def _multiply(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, dtype: tor
     return ((x.float() * x_scale) @ (w.float() * w_scale[:, None]).t()).to(dtype)
 
 
-class FP8Weight(Tensor):
-    """A frozen matrix [out, in] of ``dtype`` to the outside, stored as codes, their transpose, and a scale per row."""
+class FP8Weight(QuantisedWeight):
+    """A frozen matrix [out, in] in fp8: codes, their transpose, and a scale for each row."""
 
+    PARTS = ("codes", "transposed", "scale")
     codes: Tensor  # [out, in] e4m3
     transposed: Tensor  # [in, out] e4m3
     scale: Tensor  # [out] fp32
 
-    @staticmethod
-    def __new__(cls, codes: Tensor, transposed: Tensor, scale: Tensor, dtype: torch.dtype) -> "FP8Weight":
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+    def fill(self, dense: Tensor) -> None:
+        codes, scale = quantise_rows(dense)
+        self.codes.copy_(codes)
+        self.transposed.copy_(codes.t())
+        self.scale.copy_(scale[:, 0])
 
-    def __init__(self, codes: Tensor, transposed: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        self.codes, self.transposed, self.scale = codes, transposed, scale
-
-    def dequantised(self) -> Tensor:
-        """Its values [out, in]."""
+    def values(self) -> Tensor:
         return (self.codes.float() * self.scale[:, None]).to(self.dtype)
 
-    def __repr__(self) -> str:  # type: ignore[override]  # an argument that only torch passes on to itself
-        return f"FP8Weight({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
-
-    def _stable_hash_for_caching(self) -> str:  # what compiled code depends on, for torch.compile's cache on disk
-        return f"FP8Weight {list(self.shape)} {self.dtype} {self.device}"
-
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["codes", "transposed", "scale"], self.dtype
-
     @staticmethod
-    def __tensor_unflatten__(
-        parts: Mapping[str, Tensor], dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
-    ) -> "FP8Weight":
-        return FP8Weight(parts["codes"], parts["transposed"], parts["scale"], dtype)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear:
-            return fp8_linear(*args, **(kwargs or {}))
-        if func is Tensor.to and any(isinstance(arg, torch.dtype) for arg in (*args, *(kwargs or {}).values())):
-            return args[0].dequantised().to(*args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub lacks ``func``
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        first, *others = args
-        aten, kwargs = torch.ops.aten, kwargs or {}
-        if func is aten.copy_.default and isinstance(first, FP8Weight):
-            source = others[0].dequantised() if isinstance(others[0], FP8Weight) else others[0]
-            codes, scale = quantise_rows(source.to(first.device))
-            first.codes.copy_(codes)
-            first.transposed.copy_(codes.t())
-            first.scale.copy_(scale[:, 0])
-            return first
-        if func is aten.copy_.default:
-            return first.copy_(others[0].dequantised())
-        if func in (aten.detach.default, aten.clone.default, aten.empty_like.default, aten._to_copy.default):
-            kwargs = {key: kwargs[key] for key in kwargs.keys() & {"device", "non_blocking"}}
-            codes, transposed, scale = (
-                func(part, *others, **kwargs) for part in (first.codes, first.transposed, first.scale)
-            )
-            return FP8Weight(codes, transposed, scale, first.dtype)
-        raise TypeError(f"{func} does not work on an fp8 weight: take its values, with .to(dtype)")
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fp8_linear(input, weight, bias)

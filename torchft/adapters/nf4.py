@@ -4,14 +4,12 @@ Contract with the loader: none. An ``NF4Weight`` has the shape and dtype of the 
 ``param.copy_(full)`` quantises, ``.to(dtype)`` dequantises. Compiled or not, only the 4 bits are kept for backward.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.adapters.quantised import QuantisedWeight
 from torchft.adapters.targets import ALL_LINEAR, find_linears
 from torchft.errors import UserError
 from torchft.kernels import nf4
@@ -48,7 +46,8 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
 def quantise(weight: Tensor) -> "NF4Weight":
     """[out, in] -> the same in NF4, on its device; out * in must be a multiple of 16384."""
     packed = weight.new_empty(weight.numel() // nf4.GROUP, nf4.GROUP_BYTES, dtype=torch.uint8)
-    return NF4Weight(packed if weight.is_meta else nf4.quantise_(packed, weight), weight.shape, weight.dtype)
+    packed = packed if weight.is_meta else nf4.quantise_(packed, weight)
+    return NF4Weight(packed, shape=weight.shape, dtype=weight.dtype)
 
 
 def dequantise(*weights: Tensor, tag: int) -> Tensor:
@@ -61,65 +60,21 @@ def dequantise(*weights: Tensor, tag: int) -> Tensor:
     return nf4.dequantise(packed, weights[0].shape[1], weights[0].dtype, tag)
 
 
-class NF4Weight(Tensor):
-    """A frozen matrix [out, in] in NF4: ``packed`` as kernels/nf4.py lays it out. F.linear works on it.
+class NF4Weight(QuantisedWeight):
+    """A frozen matrix [out, in] in NF4: ``packed`` as kernels/nf4.py lays it out."""
 
-    It can be copied, copied into and moved; for anything else take its values, with ``.to(dtype)`` or ``dequantise``.
-    """
-
+    PARTS = ("packed",)
     packed: Tensor  # [groups, GROUP_BYTES] uint8
 
-    @staticmethod
-    def __new__(cls, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> "NF4Weight":
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
+    def fill(self, dense: Tensor) -> None:
+        nf4.quantise_(self.packed, dense)
 
-    def __init__(self, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.packed = packed
-
-    def __repr__(self) -> str:  # type: ignore[override]  # an argument that only torch passes on to itself
-        return f"NF4Weight({list(self.shape)}, {self.dtype}, device={str(self.device)!r})"
-
-    def _stable_hash_for_caching(self) -> str:  # what compiled code depends on, for torch.compile's cache on disk
-        return f"NF4Weight {list(self.shape)} {self.dtype} {self.device}"
-
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["packed"], self.dtype
+    def values(self) -> Tensor:
+        return dequantise(self, tag=0)
 
     @staticmethod
-    def __tensor_unflatten__(
-        parts: Mapping[str, Tensor], dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
-    ) -> "NF4Weight":
-        return NF4Weight(parts["packed"], size, dtype)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear:
-            return nf4_linear(*args, **(kwargs or {}))
-        if func is Tensor.to and any(isinstance(arg, torch.dtype) for arg in (*args, *(kwargs or {}).values())):
-            return dequantise(args[0], tag=0).to(*args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub lacks ``func``
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        first, *others = args
-        aten, kwargs = torch.ops.aten, kwargs or {}
-        if func is aten.copy_.default and isinstance(first, NF4Weight):
-            (source,) = others[:1]
-            if isinstance(source, NF4Weight):
-                first.packed.copy_(source.packed)
-            else:
-                nf4.quantise_(first.packed, source.to(first.device).expand(first.shape))
-            return first
-        if func is aten.copy_.default:
-            return first.copy_(dequantise(others[0], tag=0))
-        if func in (aten.detach.default, aten.clone.default, aten.empty_like.default, aten._to_copy.default):
-            kwargs = {key: kwargs[key] for key in kwargs.keys() & {"device", "non_blocking"}}
-            return NF4Weight(func(first.packed, *others, **kwargs), first.shape, first.dtype)
-        raise TypeError(f"{func} does not work on an NF4 weight: take its values, with .to(dtype)")
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nf4_linear(input, weight, bias)
 
 
 def nf4_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
