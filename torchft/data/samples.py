@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torchft.data.messages import EmptyError, RowError, Values
-from torchft.data.parallel import encode_all
 from torchft.data.sources import Row
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
@@ -123,18 +122,10 @@ def cut(encoded: Encoded, seq_len: int, *, split: bool) -> list[Encoded]:
     return [Encoded(encoded.tokens[i : i + seq_len], encoded.train[i : i + seq_len]) for i in starts]
 
 
-def collect(
-    rows: Iterable[Row],
-    encode: Callable[[Values], Encoded],
-    limits: Limits,
-    *,
-    pad_id: int,
-    workers: int = 0,
-) -> Samples:
-    """Encode every row, large data sets in ``workers`` processes (0: here).
+def collect(rows: Iterable[Row], encode: Callable[[Values], Encoded], limits: Limits, *, pad_id: int) -> Samples:
+    """Encode every row. A row that does not fit is dropped and counted or, where its policy is "error", reported.
 
-    A row that does not fit is dropped and counted or, where its policy is "error", reported. A row with nothing
-    trained, or nothing left after its end was cut off, is always dropped and counted.
+    A row with nothing trained, or nothing left after its end was cut off, is always dropped and counted.
     """
     seq_len, too_long = limits.seq_len, limits.too_long
     samples = Samples(seq_len=seq_len, pad_id=pad_id)
@@ -146,15 +137,17 @@ def collect(
         if policy == "error":
             problems.append((problem, f"{row.origin}:{row.number}"))
 
-    for row, encoded in encode_all(rows, encode, workers=workers):
+    for row in rows:
         if len(problems) >= PROBLEMS_LIMIT:
             break
         counts.rows += 1
-        if isinstance(encoded, EmptyError):
-            drop(row, "empty", f"{encoded} (to skip such rows: empty_rows: drop)", policy=limits.empty_rows)
+        try:
+            encoded = encode(row.values)
+        except EmptyError as e:
+            drop(row, "empty", f"{e} (to skip such rows: empty_rows: drop)", policy=limits.empty_rows)
             continue
-        if isinstance(encoded, RowError):
-            drop(row, "broken", f"{encoded} (to skip such rows: bad_rows: drop)", policy=limits.bad_rows)
+        except RowError as e:
+            drop(row, "broken", f"{e} (to skip such rows: bad_rows: drop)", policy=limits.bad_rows)
             continue
         length = len(encoded.tokens)
         counts.longest = max(counts.longest, length)

@@ -123,9 +123,9 @@ def test_the_hardware_agrees_with_the_formula(dtype):
         assert (given - wanted).norm() < 5e-3 * wanted.norm()
 
 
-def test_a_copy_of_an_fp8_weight_is_the_same_bits():
+def test_a_copy_of_an_fp8_weight_copies_all_its_parts():
     model = nn.Sequential(nn.Linear(48, 32, bias=False, dtype=torch.bfloat16))
     apply_fp8(model, FP8Config(), device=CPU)
     weight = model[0].weight.detach()
-    other = torch.empty_like(weight).copy_(weight)  # quantised anew from bf16 values, scales would be others
+    other = torch.empty_like(weight).copy_(weight)
     assert all(torch.equal(getattr(other, part), getattr(weight, part)) for part in FP8Weight.PARTS)
