@@ -30,6 +30,7 @@ from torchft.data.packing import pack
 from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.training.compile import compiled
 from torchft.training.environment import device_name, pick_device
+from torchft.training.graphs import Replay
 from torchft.training.meter import training_flops
 from torchft.training.metrics import mfu, peak_flops, peak_memory_gib
 from torchft.training.optim import clip_grad_norm, param_groups
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--limit-gib", type=float, help="memory that auto may plan with")
     parser.add_argument("--lengths", choices=("full", "instruct"), default="full", help="of the documents in a row")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying")
     parser.add_argument("--no-clip", action="store_true", help="no gradient norm")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear layers but lm_head")
     parser.add_argument("--steps", type=int, default=10, help=f"timed, after {WARM}")
@@ -85,6 +87,8 @@ def main() -> None:
     model.to_empty(device=device)
     fill(model, device)
     model.train()
+    if device.type == "cuda" and not given.no_graphs and not given.no_compile and not plan.offload:
+        model.replay = Replay(model)
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-5, fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
 
@@ -94,15 +98,18 @@ def main() -> None:
         window = [batch(given, model.config.vocab_size) for _ in range(given.accumulate)]
         parts = [tensors for whole in window for tensors in zip(*(t.split(plan.rows) for t in whole))]
         supervised = sum(int((labels != IGNORE).sum()) for _, labels, _ in parts)
-        sent = [(*(t.to(device) for t in part), documents(part[2]) if packed else None) for part in parts]
+        sent = [
+            (*(t.to(device) for t in part), documents(part[2]) if packed else None, int((part[1] != IGNORE).sum()))
+            for part in parts
+        ]
         torch.cuda.synchronize() if device.type == "cuda" else None
         if step == WARM and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if step == WARM + given.steps - 1:
             profiler.__enter__()
         began = time.perf_counter()
-        for tokens, labels, positions, counts in sent:
-            head = partial(nll_sum, labels=labels)
+        for tokens, labels, positions, counts, count in sent:
+            head = partial(nll_sum, labels=labels, num_supervised=count)
             loss = model(tokens, positions if packed else None, documents=counts, head=head) / supervised
             loss.backward()
         if not given.no_clip:

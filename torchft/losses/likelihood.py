@@ -23,13 +23,17 @@ def token_nll(hidden: Tensor, project: Project, *, labels: Tensor, chunk: int = 
     return 0 - token_logps(hidden, project, labels=labels, chunk=chunk)  # not -x: ignored tokens would be -0
 
 
-def nll_sum(hidden: Tensor, project: Project, *, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+def nll_sum(
+    hidden: Tensor, project: Project, *, labels: Tensor, num_supervised: int | None = None, chunk: int = CHUNK
+) -> Tensor:
     """Sum of -log p(label) over the tokens of ``labels`` [b, s] that are not -100: scalar fp32 in nats.
+
+    ``num_supervised``: how many these are; None: counted, for which the host waits for the device.
 
     The training loss. Its gradient is complete after forward, that of a trained head too, and backward only scales it:
     2 matrix products of t x d x v for t supervised tokens, 3 with a trained head.
     """
-    h, y, _ = _supervised(hidden, labels)
+    h, y, _ = _supervised(hidden, labels, num_supervised)
     head = Head(project=project, chunk=chunk, temperature=1.0, entropy=False)
     params = trained_leaves(project, h)
     if _needs_grad(h, params):
@@ -85,12 +89,13 @@ def token_logps(
     return logps if ent is None else (logps, _at(rows, ent, labels))
 
 
-def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _supervised(hidden: Tensor, labels: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [t, d] and labels [t] of the tokens to train on, and their places [t] among all b * s.
 
-    How many there are, the host must know: the one wait for the device in here.
+    How many there are, ``count``, the host must know: without it this is the one wait for the device in here.
     """
-    rows = (labels != IGNORE).flatten().nonzero().squeeze(1)
+    chosen = (labels != IGNORE).flatten()
+    rows = (chosen.nonzero() if count is None else chosen.nonzero_static(size=count)).squeeze(1)
     h, y = hidden.flatten(0, -2), labels.flatten()
     if len(rows) < len(y):
         h, y = h.index_select(0, rows), y.index_select(0, rows)

@@ -81,6 +81,7 @@ class Decoder(nn.Module):
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
         self.recompute = 0.0  # share of the blocks that keep only their input and run again in backward
         self.activations: AbstractContextManager = nullcontext()  # in which the blocks run: training/offload.py
+        self.replay: Callable[..., Tensor] | None = None  # in place of ``hidden`` in training: training/graphs.py
 
     def forward(
         self,
@@ -99,9 +100,23 @@ class Decoder(nn.Module):
         128k words x 4 bytes = 16 GiB).
         """
         x = self.embed_tokens(tokens)  # [b, s, d]
+        if self.replay is not None and cache is None and self.training and torch.is_grad_enabled():
+            x = self.replay(x, positions, documents)
+        else:
+            x = self.hidden(x, positions, documents, cache)
+        return self.project(x) if head is None else head(x, self.project)
+
+    def hidden(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        documents: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Embeddings [b, s, d] -> what the head reads, [b, s, d]; arguments as in ``forward``."""
         seen = self._visible(x, positions, documents, cache)
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
         with self.activations:
             for i, layer in enumerate(self.layers):
@@ -112,8 +127,7 @@ class Decoder(nn.Module):
                     x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
                 else:
                     x = layer(x, cos, sin, sees)
-        x = self.norm(x)
-        return self.project(x) if head is None else head(x, self.project)
+        return self.norm(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""

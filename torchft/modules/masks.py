@@ -59,7 +59,7 @@ def visible(
     found = Visible("flash" if kernel == "cudnn" else kernel, window)
     if packed:
         if documents is None:
-            documents = _documents(positions)
+            documents = count_documents(positions)
         count, longest = documents
         if chunk is not None:
             count, longest = count + b * s // chunk, min(longest, chunk)
@@ -128,7 +128,8 @@ def _kernel(x: Tensor, head_dim: int, soft_cap: bool) -> str:
     return next((kernel for longest, kernel in lengths if x.shape[1] <= longest), "flash")
 
 
-def _documents(positions: Tensor) -> tuple[int, int]:
+def count_documents(positions: Tensor) -> tuple[int, int]:
+    """How many documents rows with these ``positions`` [b, s] hold, and the tokens of the longest. The host waits."""
     starts = positions == 0
     starts[:, 0] = True
     count, longest = torch.stack((starts.sum(), positions.max() + 1)).tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from torchft.files import atomic_write
+from torchft.training.graphs import held_bytes
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    return torch.accelerator.max_memory_allocated(device) / 2**30
+    return (torch.accelerator.max_memory_allocated(device) + held_bytes()) / 2**30
 
 
 def _points(rows: Sequence[Mapping[str, float | int | str | None]], key: str) -> tuple[list[int], list[float]]:

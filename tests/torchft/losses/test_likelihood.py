@@ -178,6 +178,16 @@ def test_ignored_tokens_change_nothing():
         assert got["hidden"][labels == -100].eq(0).all()
 
 
+@pytest.mark.parametrize("share", [0, 0.7, 1])
+def test_a_known_count_changes_nothing(share):
+    hidden, labels = inputs(share)
+    head, count = make("linear"), int((labels != -100).sum())
+    counted, known = (nll_sum(hidden, head, labels=labels, num_supervised=n) for n in (None, count))
+    assert torch.equal(counted, known)
+    got, want = grads(known, hidden, head), grads(counted, hidden, head)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
 @pytest.mark.parametrize("kind", ["linear", "frozen", "lora"])
 def test_nothing_supervised_is_zero_with_gradients_of_zero(kind):  # D8, N6
     hidden, labels = inputs(share=0)
