@@ -13,11 +13,12 @@ FOUNDATION = {
 ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "weights": FOUNDATION,
+    "staging": FOUNDATION,
     "kernels": set(),
     "modules": FOUNDATION | {"kernels"},
     "losses": FOUNDATION | {"modules", "kernels"},
     "adapters": FOUNDATION | {"modules", "weights", "kernels"},
-    "hub": FOUNDATION | {"modules", "weights"},
+    "hub": FOUNDATION | {"modules", "weights", "staging"},
     "tokenizers": FOUNDATION,
     "models": FOUNDATION | {"modules", "hub", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
+from torchft.staging import Staging
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
 
 
@@ -78,21 +79,24 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -> None:
     """Copy the safetensors in ``folder`` into ``model``, one parameter at a time, cast to each parameter's dtype.
 
-    Raises UserError with every missing, unexpected or misshapen tensor before anything is copied, and with the names of
-    tensors that hold NaN or infinity.
+    A GPU does what there is to do with the values: cast, quantise, look for NaN and infinity. Raises UserError with
+    every missing, unexpected or misshapen tensor before anything is copied, and with the names of tensors that are not
+    finite.
     """
     names = hub_format(model).names
     files, params = WeightFiles(folder), base_parameters(model)
     plan = list(pieces(params, names))
     _check_names(files, params, plan, names)
-    broken = []
+    staging = Staging(next(iter(params.values())).device)
+    finite = []
     for piece in plan:
         tensors = [files.read(hub, piece.rows) for hub in piece.hub]
-        full = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
-        if check_finite and not all(bound.isfinite() for bound in full.aminmax()):
-            broken.append(piece.hub[0])
+        full = staging.send(tensors[0] if len(tensors) == 1 else torch.stack(tensors))
+        if check_finite:
+            finite.append(torch.stack(full.aminmax()).isfinite().all())
         params[piece.name].copy_(full)
-    if broken:
+    if check_finite and not all(is_finite := torch.stack(finite).tolist()):  # waits for the device, once
+        broken = [piece.hub[0] for piece, fine in zip(plan, is_finite, strict=True) if not fine]
         raise UserError(
             f"{folder}: {len(broken)} tensors hold NaN or infinity, such as {broken[:4]}: "
             "training from them cannot work; download or export the checkpoint again"
