@@ -30,6 +30,7 @@ from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
 from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
+from torchft.data.samples import Samples
 from torchft.data.summary import Summary, summarise
 from torchft.files import new_folder
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
@@ -47,6 +48,7 @@ from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups
+from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
@@ -132,20 +134,17 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     return model.train()
 
 
-def build_data(
-    config: Config, tokenizer: Tokenizer, vocab_size: int, rows: int
-) -> tuple[Loader, Loader | None, Summary]:
-    """Batches to train on, held-out batches, and what the training data holds. Refuses data that cannot train."""
+def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
+    """What to train on, what is held out, and what the training data holds. Refuses data that cannot train."""
+    vocab_size = models.sizes(config.checkpoint_dir).vocab_size
     samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summary = summarise(samples)
     summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
-    pad_to = config.seq_len if config.compile and not config.packed else None  # one shape, one compilation
-    how = {"batch_size": rows, "seed": config.seed, "packed": config.packed, "pad_to": pad_to}
     if config.dataset_eval is None:
-        return Loader(samples, **how), None, summary
+        return samples, None, summary
     held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
     summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
-    return Loader(samples, **how), Loader(held_out, shuffle=False, **how), summary
+    return samples, held_out, summary
 
 
 @torch.no_grad()
@@ -186,7 +185,14 @@ def main(config: Config) -> None:
 
 def train(config: Config, run: Run, device: torch.device) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
+    samples, held_out, summary = build_data(config, tokenizer)
+    exam = config.exact_match
+    questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
+
     model = build_model(config, device)
+    optimizer = config.optimizer.build(param_groups(model))
+    base = base_fingerprint(config.checkpoint_dir)
+    saved = checkpoint.latest(run.path, run.id, base=base)
     plan = fit(
         model,
         lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
@@ -197,18 +203,19 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         seq_len=config.seq_len,
         packed=config.packed,
         device=device,
+        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model)),
+        accumulation=config.gradient_accumulation_steps,
+        keep=saved.read("plan") if saved else None,
     )
-    train_loader, eval_loader, summary = build_data(config, tokenizer, model.config.vocab_size, plan.rows)
-    micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
-    loader = Prefetch(train_loader, device, depth=2 * micro_steps)
-    exam = config.exact_match
-    questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
 
-    optimizer = config.optimizer.build(param_groups(model))
+    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
+    micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    loader = Prefetch(Loader(samples, **how), device, depth=2 * micro_steps)
+    eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     steps_per_epoch = math.ceil(len(loader) / micro_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    step, base = 0, base_fingerprint(config.checkpoint_dir)
-    if saved := checkpoint.latest(run.path, run.id, base=base):
+    step = 0
+    if saved:
         step = saved.number
         load_parameters(saved.open("model"), trainable(model))
         load_optimizer(saved.read("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
@@ -267,7 +274,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            meter.add(loss, tokens=sum(batch.tokens.numel() for batch in window), supervised=supervised)
+            meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
             saves = is_due(step, config.save_every, total_steps)
@@ -289,6 +296,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                         "optimizer": optimizer_tree(model, optimizer),
                         "loader": loader.state_dict(),
                         "rng": rng_state(),
+                        "plan": plan.setting,
                     }
                     checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=row.get("eval_loss"))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)

@@ -94,7 +94,8 @@ def newest_step(folder):
 def digests(folder):
     """sha256 of every file of the newest step's weights, optimizer, loader and RNG, and of the exported weights."""
     manifest = json.loads((newest_step(folder) / "manifest.json").read_text())
-    return {"step": manifest["step"], **{name: file["sha256"] for name, file in manifest["files"].items()}}
+    files = {name: file["sha256"] for name, file in manifest["files"].items() if not name.startswith("plan/")}
+    return {"step": manifest["step"], **files}
 
 
 def weights(folder):

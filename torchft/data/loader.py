@@ -30,6 +30,7 @@ class Batch:
     positions: Tensor | None  # [b, s] int64; None: every row is one sample from 0, padded at its end
     documents: tuple[int, int] | None  # in packed rows: how many there are, and the tokens of the longest
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
+    num_tokens: int  # of rows that hold samples, padding after them included
     samples: tuple[int, ...]  # which samples are in it, to name a batch that breaks training
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -55,7 +56,8 @@ class Loader:
 
     Args:
         packed: rows are packs of samples, exactly ``samples.seq_len`` long; else a row is one sample.
-        pad_to: tokens per unpacked row (torch.compile wants one shape); None pads to the longest sample of the batch.
+        one_shape: all batches are [batch_size, samples.seq_len], as torch.compile wants them: empty rows, where nothing
+            is trained, fill up an epoch's last. Else unpacked rows are as long as the longest of their batch.
         drop_last: leave out an epoch's last batch if it has fewer than ``batch_size`` rows.
     """
 
@@ -68,13 +70,10 @@ class Loader:
         packed: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
-        pad_to: int | None = None,
+        one_shape: bool = False,
     ) -> None:
-        longest = max(samples.lengths(), default=0)
-        if pad_to is not None and pad_to < longest:
-            raise UserError(f"pad_to {pad_to} is less than the longest sample, {longest} tokens")
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.packed, self.shuffle, self.pad_to = packed, shuffle, pad_to
+        self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
         self.epoch = 0  # of the next batch
         self.num_rows = len(samples)  # of an epoch, the same in every epoch
         self._next_row = 0  # of the next batch
@@ -149,11 +148,11 @@ class Loader:
 
     def _collate(self, rows: list[list[int]]) -> Batch:
         starts = self.samples.starts
-        b, s = len(rows), self._row_length(rows)
+        b, s = self.batch_size if self.one_shape else len(rows), self._row_length(rows)
         tokens = torch.full((b, s), self.samples.pad_id)
         labels = torch.full((b, s), IGNORE)
-        positions = torch.empty(b, s, dtype=torch.int64) if self.packed else None
         count = torch.arange(s)
+        positions = count.repeat(b, 1) if self.packed else None  # an empty row is one document
         for r, row in enumerate(rows):
             at = 0
             for sample in row:
@@ -171,14 +170,13 @@ class Loader:
             labels=labels,
             positions=positions,
             documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
+            num_tokens=len(rows) * s,
             num_supervised=int((labels != IGNORE).sum()),
             samples=tuple(sample for row in rows for sample in row),
         )
 
     def _row_length(self, rows: list[list[int]]) -> int:
-        if self.packed:
+        if self.packed or self.one_shape:
             return self.samples.seq_len
-        if self.pad_to is not None:
-            return self.pad_to
         longest = max(self.samples.starts[i + 1] - self.samples.starts[i] for (i,) in rows)
         return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.samples.seq_len)

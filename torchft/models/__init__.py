@@ -10,7 +10,7 @@ from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
 from torchft.models import llama2, llama3
-from torchft.modules.decoder import Decoder
+from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
 
 FAMILIES: dict[str, ModuleType] = {"llama2": llama2, "llama3": llama3}  # folder names under configs/
@@ -62,6 +62,13 @@ def config_json(folder: Path) -> dict[str, Any]:
     except UserError as e:
         raise UserError(*(f"{folder}/{problem}" for problem in e.problems)) from None  # each begins with "config.json"
     return json
+
+
+def sizes(folder: Path) -> DecoderConfig:
+    """The sizes that a checkpoint folder's config.json gives."""
+    json = config_json(folder)
+    config: DecoderConfig = _family(json).from_hub(json)
+    return config
 
 
 def _released(name: str) -> tuple[ModuleType, Any]:

@@ -1,6 +1,8 @@
 """An estimate, before anything is allocated, of what training needs on one device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -10,25 +12,25 @@ from torchft.modules.decoder import Decoder
 
 GIB = 2**30
 
+# What a micro-step meets and leaves: none, then all of them; all of them, added up over micro-steps; or each one is
+# freed as soon as its parameter has stepped (training/in_backward.py).
+Gradients = Literal["new", "added", "freed"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes, each at its own peak. The total is what to expect within about 20%; fragmentation comes on top."""
+    """Bytes, each at its own peak, and the peak of them together, to expect within about 20%, without fragmentation."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int  # kept from forward to backward
     working: int  # what a block or the head needs while it runs
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+    total: int  # at once: less than the sum where gradients come as activations go
 
     def lines(self) -> dict[str, str]:
         """For a panel: name -> "1.23 GiB", the total last."""
-        parts = {**vars(self), "total": self.total}
-        return {name: f"{size / GIB:.2f} GiB" for name, size in parts.items()}
+        return {name: f"{size / GIB:.2f} GiB" for name, size in vars(self).items()}
 
 
 def estimate_step(
@@ -40,31 +42,46 @@ def estimate_step(
     largest: int,
     offload: bool = False,
     optimizer_bytes: int | None = None,
-    gradient_bytes: int | None = None,
+    gradients: Gradients = "new",
 ) -> Estimate:
     """Of training ``model`` on micro-steps of ``tokens``, from the measured cost of a block (`block_costs`).
+
+    Backward frees a block's activations and leaves its gradients, the last block's first. What there is at one time
+    changes evenly on the way, so that its peak is in the head, in the last block or in the first.
 
     Args:
         saved: bytes that a block keeps for backward in a micro-step.
         recomputed: bytes that it makes again in backward.
         largest: bytes of the largest tensor that a block makes.
         offload: only two blocks' kept bytes are on the device at a time.
-        optimizer_bytes: None: two states per trained value. ``gradient_bytes``: None: one gradient per trained value.
+        optimizer_bytes: None: two states per trained value, of its dtype.
     """
     parameters = list(model.parameters())
-    trainable = sum(p.nbytes for p in parameters if p.requires_grad)
+    every = _trained_bytes(parameters)
+    layer = max(_trained_bytes(list(layer.parameters())) for layer in model.layers)
     table = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    of_table = _trained_bytes([table])
     hidden = tokens * model.config.dim * model.embed_tokens.weight.itemsize
     logits = min(tokens, CHUNK) * model.config.vocab_size * model.embed_tokens.weight.itemsize
-    summed = table.numel() * 4 + table.nbytes if table.requires_grad else 0  # the head's gradient over chunks, in fp32
+    summed = table.numel() * 4 + of_table if of_table else 0  # the head's gradient over chunks, in fp32, and cast
     head = logits + 3 * hidden + summed
     block = recomputed + 3 * largest  # a gated MLP's backward has three gradients of its width at once
+    activations = saved * (2 if offload else len(model.layers))
+    weights = sum(map(stored_bytes, parameters))
+    optimizer = 2 * every if optimizer_bytes is None else optimizer_bytes
+
+    before = every if gradients == "added" else 0
+    after_head = {"new": of_table, "added": every, "freed": 0}[gradients]
+    in_head = before + activations + head
+    in_last_block = after_head + activations + block + layer
+    in_first_block = 0 if gradients == "freed" else every + saved + block
     return Estimate(
-        weights=sum(map(stored_bytes, parameters)),
-        gradients=trainable if gradient_bytes is None else gradient_bytes,
-        optimizer=2 * trainable if optimizer_bytes is None else optimizer_bytes,
-        activations=saved * (2 if offload else len(model.layers)),
+        weights=weights,
+        gradients=max(layer, of_table) if gradients == "freed" else every,
+        optimizer=optimizer,
+        activations=activations,
         working=max(head, block),
+        total=weights + optimizer + max(in_head, in_last_block, in_first_block),
     )
 
 
@@ -73,3 +90,7 @@ def stored_bytes(tensor: Tensor) -> int:
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def _trained_bytes(parameters: Sequence[Tensor]) -> int:
+    return sum(p.nbytes for p in parameters if p.requires_grad)

@@ -6,9 +6,10 @@ gradients are summed, so nothing changes but the size of matrix multiplications)
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
-from torchft.training.memory import GIB, Estimate, estimate_step
+from torchft.training.memory import GIB, Estimate, Gradients, estimate_step
 from torchft.training.offload import Offload
 
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
@@ -41,10 +42,16 @@ class Plan:
     share: float  # of the blocks that keep only their input and run again in backward
     offload: bool  # what is kept is copied to the host
     rows: int  # per micro-step
+    gradients: Gradients
     memory: Estimate
     block_bytes: int  # that one block keeps in a micro-step
     time: float  # relative to the fastest; 1.0 without recompute and with endless rows
     reason: str = ""  # a sentence for the user
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What decides the bits of a step, for a checkpoint: JSON values only."""
+        return {"budget": self.budget, "share": self.share, "offload": self.offload, "rows": self.rows}
 
     def __str__(self) -> str:
         kept = (
@@ -68,8 +75,9 @@ def plans(
     packed: bool,
     device: torch.device,
     optimizer_bytes: int | None = None,
-    gradient_bytes: int | None = None,
-    divide: bool = True,
+    in_backward: bool = False,
+    accumulation: int = 1,
+    keep: Mapping[str, Any] | None = None,
     limit: int | None = None,
 ) -> list[Plan]:
     """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
@@ -78,8 +86,11 @@ def plans(
         recompute: "none" (nothing that takes long), "full" (all but the blocks' inputs), a share 0.0-1.0 of the
             activations to keep, or "auto".
         offload: always copy to the host; else auto does it if nothing else helps.
-        rows: of a batch; auto divides them into micro-steps if it may ``divide``.
-        optimizer_bytes: of the states; None: two per trainable value, as AdamW's. ``gradient_bytes`` likewise.
+        rows: of a batch; auto divides them into micro-steps.
+        optimizer_bytes: of the states; None: two per trainable value, as AdamW's.
+        in_backward: gradients are freed within backward, so that a batch cannot be divided.
+        accumulation: batches per optimizer step.
+        keep: `Plan.setting` of the run that is resumed; auto takes it again, other rows would change the last bits.
         limit: bytes of the device that may be used; None: what is free.
 
     Raises:
@@ -95,11 +106,11 @@ def plans(
         if device.type != "cuda":
             settings = settings[:1]
     else:
-        keep = {"none": CHEAP if budgets else 1.0, "full": 0.0}.get(str(recompute))
-        keep = float(recompute) if keep is None else keep
-        settings = [(keep, 0.0) if budgets else (budget_of_share, 1.0 - keep)]
+        kept = {"none": CHEAP if budgets else 1.0, "full": 0.0}.get(str(recompute))
+        kept = float(recompute) if kept is None else kept
+        settings = [(kept, 0.0) if budgets else (budget_of_share, 1.0 - kept)]
     automatic = recompute == "auto" and device.type == "cuda"
-    splits = [r for r in range(rows, 0, -1) if rows % r == 0] if automatic and divide else [rows]
+    splits = [r for r in range(rows, 0, -1) if rows % r == 0] if automatic and not in_backward else [rows]
 
     base = EAGER if not compiled else CHEAP
     costs = block_costs(
@@ -113,13 +124,15 @@ def plans(
         for r in splits:
             for away in (False, True) if automatic and not offload else (offload,):
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
+                gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
                     largest=r * costs[base].largest, offload=away, optimizer_bytes=optimizer_bytes,
-                    gradient_bytes=gradient_bytes,
+                    gradients=gradients,
                 )  # fmt: skip
                 plan = Plan(
-                    budget=budget, share=share, offload=away, rows=r, memory=memory, block_bytes=r * cost.saved,
+                    budget=budget, share=share, offload=away, rows=r, gradients=gradients, memory=memory,
+                    block_bytes=r * cost.saved,
                     time=_time(cost, costs[base], rows=r, seq_len=seq_len, offload=away, launch=launch),
                 )  # fmt: skip
                 if not away or not automatic or r * cost.saved * len(model.layers) < host / 2:
@@ -127,13 +140,19 @@ def plans(
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
         return [replace(found[0], reason=f"{found[0]} ({why})")]
-    return choose(found, available=available_bytes(model, device) if limit is None else limit)
+    return choose(found, available=available_bytes(model, device) if limit is None else limit, keep=keep)
 
 
-def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
-    """The fastest plan that fits into ``available`` bytes, then leaner ones, each with its reason."""
+def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | None = None) -> list[Plan]:
+    """The fastest plan that fits into ``available`` bytes, then leaner ones, each with its reason.
+
+    Before all of them the one whose setting is ``keep``, which has run already, whatever it is thought to need.
+    """
+    kept = [replace(plan, reason=f"{plan}: as this run began") for plan in found if plan.setting == keep]
     ordered = sorted(found, key=lambda plan: (plan.time, plan.memory.total))
     fitting = [i for i, plan in enumerate(ordered) if plan.memory.total <= FITS * available]
+    if not fitting and kept:
+        return kept
     if not fitting:
         leanest = min(found, key=lambda plan: plan.memory.total)
         raise UserError(does_not_fit(leanest, available))
@@ -146,7 +165,7 @@ def choose(found: Sequence[Plan], *, available: int) -> list[Plan]:
     for plan in ordered[fitting[0] + 1 :]:
         if plan.memory.total < 0.9 * result[-1].memory.total:
             result.append(replace(plan, reason=f"{plan}: what was chosen first did not fit"))
-    return result
+    return kept + [plan for plan in result if plan.setting != keep]
 
 
 def apply_plan(model: Decoder, plan: Plan) -> None:

@@ -2,8 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,18 +30,29 @@ def fit(
     seq_len: int,
     packed: bool,
     device: torch.device,
-    gradient_bytes: int | None = None,
+    optimizer_bytes: int | None = None,
+    in_backward: bool = False,
+    accumulation: int = 1,
+    keep: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Make ``model`` run as the config says, or as fast as fits: `plans`, of which `settle` takes the first that runs.
 
-    Without gradients that outlive their step (``gradient_bytes`` 0) a batch is not divided into micro-steps. Raises
-    UserError if nothing fits.
+    ``keep`` is the setting of the run that is resumed: it is used again if it still runs. Raises UserError if nothing
+    fits.
     """
     found = plans(
         model, recompute=recompute, offload=offload, compiled=compiled, rows=rows, seq_len=seq_len, packed=packed,
-        device=device, gradient_bytes=gradient_bytes, divide=gradient_bytes != 0,
+        device=device, optimizer_bytes=optimizer_bytes, in_backward=in_backward, accumulation=accumulation, keep=keep,
     )  # fmt: skip
-    return settle(model, found, step, seq_len=seq_len, packed=packed, device=device)
+    plan = settle(model, found, step, seq_len=seq_len, packed=packed, device=device)
+    if keep is not None and plan.setting != keep:
+        log.warning(
+            "this run began with %s and goes on with %s, because the config, the device or its free memory is another: "
+            "the same gradients, but for the rounding of sums in another order",
+            keep,
+            plan.setting,
+        )
+    return plan
 
 
 def settle(
@@ -79,7 +91,7 @@ def _runs(
     assert all(p.grad is None for p in model.parameters()), "before the first step"
     params = [p for p in model.parameters() if p.requires_grad]
     hooks = []
-    if plan.memory.gradients < sum(p.nbytes for p in params):  # they are freed in backward
+    if plan.gradients == "freed":
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in params]
     try:
         peak = _peak(model, plan, step, seq_len=seq_len, packed=packed, device=device)
@@ -99,11 +111,11 @@ def _runs(
 
 
 def _peak(model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool, device: torch.device) -> int:
-    """Bytes allocated at the peak of two micro-steps, the second with the gradients of the first, as accumulated."""
+    """Bytes allocated at the peak of a micro-step; of a second one too if it finds the gradients of the first."""
     torch.cuda.reset_peak_memory_stats(device)
     states = torch.empty(plan.memory.optimizer, dtype=torch.uint8, device=device)
     with torch.random.fork_rng([device]):
-        for _ in range(2):
+        for _ in range(2 if plan.gradients == "added" else 1):
             tokens = torch.randint(model.config.vocab_size, (plan.rows, seq_len), device=device)
             positions = torch.arange(seq_len, device=device).expand(plan.rows, -1) if packed else None
             step(tokens, tokens, positions).backward()

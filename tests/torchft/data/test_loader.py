@@ -64,8 +64,8 @@ def test_packed_batch_by_hand():
 
 
 def test_padded_batch_by_hand():
-    samples = by_hand(([5, 6, 0], [False, True, True]), ([8, 9], [True, True]), seq_len=200)
-    (batch,) = Loader(samples, batch_size=2, seed=0, shuffle=False, pad_to=5)
+    samples = by_hand(([5, 6, 0], [False, True, True]), ([8, 9], [True, True]), seq_len=5)
+    (batch,) = Loader(samples, batch_size=2, seed=0, shuffle=False)
     assert batch.tokens.tolist() == [[5, 6, 0, 0, 0], [8, 9, 0, 0, 0]]
     assert batch.labels.tolist() == [[6, 0, N, N, N], [9, N, N, N, N]]  # D15: 0 is pad and eos, the eos is trained
     assert batch.positions is None
@@ -166,9 +166,20 @@ def test_d17_fewer_rows_than_a_batch():
         Loader(make([]), batch_size=4, seed=0)
 
 
-def test_pad_to_must_hold_the_longest_sample():
-    with pytest.raises(UserError, match="pad_to 5 is less than the longest sample, 9 tokens"):
-        Loader(make([9, 3]), batch_size=1, seed=0, pad_to=5)
+def test_empty_rows_give_every_batch_one_shape():
+    samples = by_hand(([5, 6, 7], [False, True, True]), ([8, 9], [True, True]), ([3, 4], [True] * 2), seq_len=4)
+    how = {"batch_size": 2, "seed": 0, "shuffle": False, "one_shape": True}
+    _, last = Loader(samples, **how)
+    assert last.tokens.tolist() == [[3, 4, 0, 0], [0, 0, 0, 0]]
+    assert last.labels.tolist() == [[4, N, N, N], [N, N, N, N]]
+    assert (last.num_tokens, last.num_supervised, last.samples, last.positions) == (4, 1, (2,), None)
+    for packed in (False, True):
+        loader = Loader(make(RAGGED), **how | {"batch_size": 3 + packed}, packed=packed)
+        batches = list(loader)
+        assert {b.tokens.shape for b in batches} == {(3 + packed, 64)} and len(batches) == len(loader)
+        assert sum(b.num_tokens for b in batches) == 64 * loader.num_rows < sum(b.tokens.numel() for b in batches)
+        assert sorted(i for b in batches for i in b.samples) == list(range(23))
+    assert batches[-1].positions[-1].tolist() == list(range(64))
 
 
 def test_batch_to_keeps_everything():
@@ -199,6 +210,9 @@ def test_packed_gradients_equal_padded_and_a_missing_document_mask_shows(monkeyp
     padded = gradients(model, Loader(samples, batch_size=4, seed=0))
     packed = gradients(model, Loader(samples, batch_size=2, seed=3, packed=True))
     assert (packed - padded).norm() / padded.norm() <= 1e-6
+    for options in ({"batch_size": 3}, {"batch_size": 4, "packed": True}):
+        filled = gradients(model, Loader(samples, seed=0, one_shape=True, **options))
+        assert (filled - padded).norm() / padded.norm() <= 1e-6
     monkeypatch.setattr(decoder, "visible", lambda x, head_dim, sight, *_: masks.visible(x, head_dim, sight))
     leaky = gradients(model, Loader(samples, batch_size=2, seed=3, packed=True))
     assert (leaky - padded).norm() / padded.norm() > 0.1

@@ -19,8 +19,32 @@ def test_weights_gradients_and_states_are_counted_as_they_are_stored():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lora = estimate_step(model, **KEPT)
     assert (lora.weights, lora.gradients, lora.optimizer) == (4 * (every + trained), 4 * trained, 8 * trained)
-    given = estimate_step(model, **KEPT, optimizer_bytes=5, gradient_bytes=0)
-    assert (given.gradients, given.optimizer) == (0, 5)
+    assert estimate_step(model, **KEPT, optimizer_bytes=5).optimizer == 5
+
+
+def test_gradients_come_as_activations_go():
+    """The peak of the sizes that a walk through one micro-step meets, block by block."""
+    model = tiny.decoder(num_hidden_layers=6)
+    every = sum(p.nbytes for p in model.parameters())
+    block = sum(p.nbytes for p in model.layers[0].parameters())
+    table = model.lm_head.weight.nbytes
+    for saved, recomputed in [(10, 0), (10, 7 * every), (block // 2, 0), (block * 2, 50), (3 * every, every)]:
+        for gradients in ("new", "added", "freed"):
+            sizes = {"tokens": 64, "saved": saved, "recomputed": recomputed, "largest": 100, "gradients": gradients}
+            got = estimate_step(model, **sizes)
+            here = {"new": 0, "added": every, "freed": 0}[gradients]
+            hidden = 64 * model.config.dim * 4
+            met = [here + 6 * saved + 64 * model.config.vocab_size * 4 + 3 * hidden + 2 * table]
+            here += table if gradients == "new" else 0
+            for left in range(6, 0, -1):
+                met.append(here + left * saved + block + recomputed + 300)
+                here += block if gradients == "new" else 0
+            met.append(every if gradients != "freed" else 0)
+            most = got.total - got.weights - got.optimizer
+            assert max(met) <= most <= max(met) + every - 6 * block, (saved, recomputed, gradients)
+            assert got.gradients == (max(block, table) if gradients == "freed" else every)
+    few = estimate_step(model, **KEPT, optimizer_bytes=0)
+    assert few.total < few.weights + few.gradients + few.activations + few.working
 
 
 def test_activations_are_those_of_all_blocks_or_of_two_if_the_host_keeps_the_rest():

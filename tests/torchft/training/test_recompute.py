@@ -1,5 +1,6 @@
 """Every way to save activations against plain autograd, on gradients; and what `auto` chooses."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -184,10 +185,40 @@ def test_fewer_rows_come_before_recompute(monkeypatch):
 def test_choose_falls_to_leaner_plans():
     (one,) = settings(model_of("lora"), recompute="none")
     times_and_sizes = [(1, 30), (2, 10), (3, 9.8), (4, 5)]
-    sized = [replace(one, time=t, memory=replace(one.memory, activations=a * GIB)) for t, a in times_and_sizes]
+    sized = [replace(one, time=t, memory=replace(one.memory, total=a * GIB)) for t, a in times_and_sizes]
     found = choose(sized, available=20 * GIB)
     assert [p.time for p in found] == [2, 4]
     assert "needs about 10.0 of 20.0 GiB" in found[0].reason and "100% faster and needs 30.0 GiB" in found[0].reason
+
+
+def test_a_resumed_run_keeps_its_plan(monkeypatch):
+    """With more memory than before, with less than it is thought to need, and with other settings."""
+    model = model_of("lora", vocab_size=512)
+    roomy = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256)
+    lean = on_a_gpu(monkeypatch, model, limit=int(roomy[1].memory.total / recompute.FITS) + 1, seq_len=256)[0]
+    assert lean.setting != roomy[0].setting
+    saved = json.loads(json.dumps(lean.setting))
+    more = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, keep=saved)
+    assert more[0].setting == saved and "as this run began" in more[0].reason
+    settings_after = [plan.setting for plan in more[1:]]
+    assert settings_after[0] == roomy[0].setting and saved not in settings_after  # what follows if it does not run
+    less = on_a_gpu(monkeypatch, model, limit=1, seq_len=256, keep=saved)
+    assert [plan.setting for plan in less] == [saved]
+    other = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, keep=saved | {"rows": 3})
+    assert [plan.setting for plan in other] == [plan.setting for plan in roomy]
+
+
+def test_gradients_that_outlive_their_micro_step_are_counted(monkeypatch):
+    model = model_of("full")
+    gradients = {
+        rows: {p.gradients for p in on_a_gpu(monkeypatch, model, limit=GIB) if p.rows == rows} for rows in (8,)
+    }
+    assert gradients == {8: {"new"}}
+    small = on_a_gpu(monkeypatch, model, limit=GIB, keep={"budget": None, "share": 0.0, "offload": False, "rows": 4})
+    assert small[0].rows == 4 and small[0].gradients == "added"
+    assert on_a_gpu(monkeypatch, model, limit=GIB, accumulation=2)[0].gradients == "added"
+    freed = on_a_gpu(monkeypatch, model, limit=GIB, in_backward=True)
+    assert {(p.gradients, p.rows) for p in freed} == {("freed", 8)}
 
 
 def test_memory_of_a_plan_is_the_blocks(monkeypatch):

@@ -15,7 +15,7 @@ from torchft.training.compile import compiled
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
 from torchft.training.recompute import apply_plan, plans
-from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.trial import fit, out_of_memory_explained, settle
 
 CUDA = torch.device("cuda", 0)
 SEQ = 1024
@@ -68,12 +68,42 @@ def test_cpus_need_no_trial():
     assert model.recompute == 1.0
 
 
+def test_another_plan_than_the_resumed_run_began_with_is_said(caplog):
+    model, device = model_on("cpu"), torch.device("cpu")
+    given = {"recompute": "full", "offload": False, "compiled": False, "rows": 4, "seq_len": SEQ, "packed": False}
+    plan = fit(model, None, **given, device=device)
+    fit(model, None, **given, device=device, keep=plan.setting)
+    assert not caplog.text
+    fit(model, None, **given, device=device, keep=plan.setting | {"rows": 2})
+    assert "this run began with" in caplog.text and "rounding" in caplog.text
+
+
 def test_message_when_training_runs_out_all_the_same():
     (plan,) = found_for(model_on("cpu"), torch.device("cpu"), recompute="none")
     with pytest.raises(UserError) as stop, out_of_memory_explained(plan):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried 5 GiB\nmore")
     message = str(stop.value)
     assert "Tried 5 GiB" in message and "offload_activations" in message and "more" not in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_full_fine_tuning_peaks_where_it_is_expected_to(accumulation):
+    """Gradients weigh more than activations here: counted side by side they would be far too much."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = decoder(**sizes, num_hidden_layers=8, rope_parameters=LLAMA3_ROPE).to(CUDA, torch.bfloat16).train()
+    tokens = torch.randint(101, (4, SEQ), device=CUDA)
+    (plan,) = found_for(model, CUDA, recompute="none", accumulation=accumulation, optimizer_bytes=0)
+    apply_plan(model, plan)
+    for _ in range(2):  # the first also makes cuBLAS's workspaces
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        for _ in range(accumulation):
+            step(model, tokens, tokens, None).backward()
+        peak = torch.cuda.max_memory_allocated() - start
+    expected = plan.memory.total - plan.memory.weights
+    assert 0.85 * peak < expected < 1.2 * peak + (32 << 20), (peak, expected)
 
 
 @pytest.mark.gpu

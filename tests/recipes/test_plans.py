@@ -1,0 +1,79 @@
+"""What both recipes do with the plan of `recompute`: after the data is checked, kept in checkpoints, one shape."""
+
+from dataclasses import replace
+
+import pytest
+from letters import turns, write_jsonl
+from recipe_runs import conversations, digests, interrupted, losses, rows
+
+from torchft.errors import UserError
+from torchft.training import recompute
+
+
+@pytest.fixture(params=["lora", "full"])
+def run(request, lora, full):
+    return {"lora": lora, "full": full}[request.param]
+
+
+def test_bad_data_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    def build_model(*_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(run.args[0], "build_model", build_model)
+    good, empty = write_jsonl(tmp_path / "good.jsonl", conversations(4)), write_jsonl(tmp_path / "empty.jsonl", [])
+    silent = [{"messages": [{**m, "train": False} for m in turns("a", "b")["messages"]]}]
+    silent = write_jsonl(tmp_path / "silent.jsonl", silent)
+    for options in (
+        [f"dataset.source={silent}"],
+        [f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {silent}}}"],
+        [f"exact_match.source={empty}"],
+        [f"exact_match.source={tmp_path / 'none.jsonl'}"],
+    ):
+        with pytest.raises(UserError):
+            run(tmp_path / "run", f"dataset.source={good}", *options)
+
+
+def test_a_resumed_run_keeps_its_plan(run, tmp_path, monkeypatch, no_picture):
+    """To the bit, where the memory free now would have it take other rows."""
+    recipe, seen = run.args[0], []
+    fit, free = recipe.fit, 1
+
+    def chosen(*args, keep, **given):
+        seen.append(keep)
+        return replace(fit(*args, **given), rows=keep["rows"] if keep else free)
+
+    monkeypatch.setattr(recipe, "fit", chosen)
+    options = ["batch_size=4", "gradient_accumulation_steps=1", "save_every=1"]
+    whole = run(tmp_path / "whole", *options)
+    with interrupted(monkeypatch, 2):
+        run(tmp_path / "parts", *options)
+    free = 4
+    parts = run(tmp_path / "parts", *options)
+    assert seen == [None, None, {"budget": None, "share": 0.0, "offload": False, "rows": 1}]
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_blocks_meet_one_shape(run, tmp_path, monkeypatch, no_picture, packed):
+    """In training and in evaluation, whatever the rows of an epoch; and nothing is trained or counted more."""
+    recipe, shapes = run.args[0], set()
+    nll_sum = recipe.nll_sum
+
+    def seen(hidden, project, *, labels):
+        shapes.add(tuple(labels.shape))
+        return nll_sum(hidden, project, labels=labels)
+
+    monkeypatch.setattr(recompute, "compile_blocks", lambda *args, **kwargs: None)
+    held_out = write_jsonl(tmp_path / "eval.jsonl", conversations(4, seed=1))
+    options = [f"packed={packed}", "batch_size=3", f"dataset_eval.source={held_out}"]
+    options += ["dataset_eval._component_=torchft.data.datasets.chat"]
+    eager = run(tmp_path / "eager", *options)
+    monkeypatch.setattr(recipe, "nll_sum", seen)
+    filled = run(tmp_path / "filled", *options, "compile=true")
+    assert shapes == {(3, 128)}
+    assert (losses(filled) - losses(eager)).abs().max() < 1e-5
+    for ours, plain in zip(rows(filled), rows(eager), strict=True):
+        assert ours["supervised_tokens"] == plain["supervised_tokens"]
+        assert ours["tokens"] % 128 == 0 and (not packed or ours["tokens"] == plain["tokens"])
+    assert sum(row["tokens"] for row in rows(filled)) == 128 * 13 * 2 or packed
+    assert rows(filled)[-1]["eval_loss"] == pytest.approx(rows(eager)[-1]["eval_loss"], rel=1e-5)
