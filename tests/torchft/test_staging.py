@@ -20,7 +20,7 @@ def test_tensors_stay_where_they_are_without_a_gpu():
 class Late:
     """An event of a device so busy that it does what was queued only when somebody waits for it."""
 
-    queue, mine = [], ()  # noqa: RUF012
+    queue, mine = [], ()
 
     def record(self, stream):
         self.mine = [self.queue.pop() for _ in self.queue]

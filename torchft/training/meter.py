@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.modules.decoder import Decoder
-from torchft.training.environment import device_name
+from torchft.training.environment import device_name, seconds_since_start
 from torchft.training.metrics import Row, flops_per_token, mfu, peak_flops, peak_memory_gib
 
 
@@ -19,16 +19,21 @@ class Meter:
         self._device, self._flops = device, flops_per_token
         self._peak = peak_flops(device_name(device))
         self._began = time.perf_counter()
+        self.start_to_first_step_s: float | None = None  # from the command to the end of this session's first step
+        self._is_new = self._is_first_row = True
         self._reset()
 
     def add(self, loss: Tensor, *, tokens: int, supervised: int) -> None:
         """One optimizer step: its mean loss per supervised token, and how many tokens of each kind it had."""
+        if self._is_new:
+            loss.item()  # waits for the step, this once
+            self.start_to_first_step_s, self._is_new = seconds_since_start(), False
         self._losses.append(loss)
         self._tokens += tokens
         self._supervised += supervised
 
     def row(self, step: int, *, lr: float, grad_norm: Tensor) -> Row:
-        """What has come in since the last row; waits for the device."""
+        """What has come in since the last row; waits for the device. The first one has ``start_to_first_step_s``."""
         loss = torch.stack(self._losses).mean().item()
         seconds = time.perf_counter() - self._since - self._paused
         speed = self._tokens / seconds
@@ -44,6 +49,9 @@ class Meter:
             "peak_memory_gib": peak_memory_gib(self._device),
             "time_s": time.perf_counter() - self._began,
         }
+        if self._is_first_row and self.start_to_first_step_s is not None:
+            row["start_to_first_step_s"] = self.start_to_first_step_s
+        self._is_first_row = False
         self._reset()
         return row
 
