@@ -16,3 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_tokens_of_earlier_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Data sets are tokenised by each test anew."""
+    from torchft.data import cache
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(cache, "cache_folder", lambda: folder)

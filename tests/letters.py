@@ -10,6 +10,7 @@ ROLES = {"system": 1003, "user": 1004, "assistant": 1005, "tool": 1006}
 
 class Letters:
     bos_id, eos_id, pad_id, vocab_size = BOS, EOS, EOS, 1010
+    fingerprint = ""  # as of a tokenizer that no folder holds
 
     def __init__(self, *, has_chat=True):
         self.has_chat = has_chat

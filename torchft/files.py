@@ -14,6 +14,11 @@ from torchft.errors import UserError
 JSON_LIMIT = 256 << 20  # bytes; the largest tokenizer.json in the wild is about 35 MB
 
 
+def cache_folder() -> Path:
+    """For what is computed once per machine: $XDG_CACHE_HOME/torchft, or ~/.cache/torchft."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchft"
+
+
 def safe_join(root: Path, name: str) -> Path:
     """``root / name`` for a name read from a file. UserError if it could point outside ``root``, symlinks resolved.
 

@@ -17,6 +17,7 @@ many and flat; the recipe supplies ``tokenizer`` and ``seq_len``. What they shar
 
 from typing import Literal
 
+from torchft.data.cache import cached
 from torchft.data.encoders import conversation, document, prompt_and_answer
 from torchft.data.samples import Limits, Policy, Samples, collect
 from torchft.data.sources import Source, rows
@@ -24,6 +25,7 @@ from torchft.errors import UserError
 from torchft.tokenizers.tokenizer import Tokenizer
 
 
+@cached
 def chat(
     source: str | list[str],
     *,
@@ -60,6 +62,7 @@ def chat(
     return collect(rows(read), encode, limits, pad_id=tokenizer.pad_id)
 
 
+@cached
 def instruct(
     source: str | list[str],
     *,
@@ -99,6 +102,7 @@ def instruct(
     return collect(rows(read), encode, limits, pad_id=tokenizer.pad_id)
 
 
+@cached
 def completion(
     source: str | list[str],
     *,

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torchft.data.messages import EmptyError, RowError, Values
@@ -71,19 +72,22 @@ class Samples:
         self.seq_len, self.pad_id = seq_len, pad_id
         self.tokens, self.labels, self.starts = array("i"), array("i"), array("q", [0])
         self.counts = Counts()
-        self._numbers = array("q")  # where a sample came from: its row's number ...
-        self._origins: list[tuple[int, str]] = []  # ... and (first sample, origin), ascending
+        self.numbers = array("q")  # where a sample came from: its row's number ...
+        self.origins: list[tuple[int, str]] = []  # ... and (first sample, origin), ascending
+        self.cache: Path | None = None  # the file that they were read from instead of being made
+        self._fingerprint = ""
 
     def append(self, sample: Sample, *, origin: str, number: int) -> None:
-        if not self._origins or self._origins[-1][1] != origin:
-            self._origins.append((len(self), origin))
+        if not self.origins or self.origins[-1][1] != origin:
+            self.origins.append((len(self), origin))
         self.tokens.extend(sample.tokens)
         self.labels.extend(sample.labels)
         self.starts.append(len(self.tokens))
-        self._numbers.append(number)
+        self.numbers.append(number)
+        self._fingerprint = ""
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -96,15 +100,17 @@ class Samples:
 
     def where(self, index: int) -> str:
         """'data/train.jsonl:17': the line (or row, in formats without lines) that sample ``index`` came from."""
-        _, origin = self._origins[bisect_right(self._origins, index, key=lambda entry: entry[0]) - 1]
-        return f"{origin}:{self._numbers[index]}"
+        _, origin = self.origins[bisect_right(self.origins, index, key=lambda entry: entry[0]) - 1]
+        return f"{origin}:{self.numbers[index]}"
 
     def fingerprint(self) -> str:
         """Hex digest of every token, label and border: it changes with the data, the tokenizer or the template."""
-        digest = hashlib.sha256()
-        for part in (self.starts, self.tokens, self.labels):
-            digest.update(part)
-        return digest.hexdigest()[:16]
+        if not self._fingerprint:  # of a billion tokens it takes seconds
+            digest = hashlib.sha256()
+            for part in (self.starts, self.tokens, self.labels):
+                digest.update(part)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
 
 def shift(tokens: list[int], train: list[bool]) -> Sample:

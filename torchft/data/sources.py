@@ -66,15 +66,21 @@ def rows(source: Source) -> Iterator[Row]:
             raise UserError(f"dataset.source: [{source}] mixes Hub names into a list; a list is for local files")
         found = _hub_rows(paths[0], source)
     else:
-        name, bounds = _parse_split(source.split)
-        files = [file for path in paths for file in _files(path, name)]
-        found = _sliced(files, bounds)
+        found = _sliced(files_of(source), _parse_split(source.split)[1])
     empty = True
     for row in islice(found, source.max_rows):
         empty = False
         yield row
     if empty:
         raise UserError(f"{source}: split {source.split!r} has 0 rows; check the file, the split and its slice")
+
+
+def files_of(source: Source) -> list[Path]:
+    """The local files that `rows` reads, in order; none for a Hub name."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    if any(_is_hub_name(path) for path in paths):
+        return []
+    return [file for path in paths for file in _files(path, _parse_split(source.split)[0])]
 
 
 def _is_hub_name(path: str) -> bool:

@@ -1,6 +1,7 @@
 """What a data set holds, for the first panel, and the reasons to refuse it before a run starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ class Summary:
     dropped: dict[str, int]  # reason -> rows
     control_text: int  # rows whose text spells a control token; it was encoded as plain text
     max_id: int  # highest token id
+    cache: Path | None = None  # the file that the tokens were read from instead of being made
 
     @property
     def supervised_share(self) -> float:
@@ -44,6 +46,8 @@ class Summary:
         out += [f"{n:,} rows dropped ({n / self.rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
         if self.control_text:
             out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
+        if self.cache:
+            out.append(f"tokenised by an earlier run ({self.cache.parent})")
         return out
 
     def __str__(self) -> str:
@@ -88,4 +92,5 @@ def summarise(samples: Samples) -> Summary:
         dropped=dict(counts.dropped),
         control_text=counts.control_text,
         max_id=int(torch.frombuffer(tokens, dtype=torch.int32).max()) if tokens else -1,
+        cache=samples.cache,
     )

@@ -1,8 +1,10 @@
 """Which of a checkpoint's tokenizer files say what, by Hugging Face's rules, and the Tokenizer that they make."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,23 @@ def load(checkpoint_dir: str | Path, *, chat_format: str | None = None) -> Token
     special = SpecialIds(bos=bos, eos=eos, pad=lookup.get(named.get("pad_token", ""), eos), before=before, after=after)
     files = [folder / name for name in FILES if (folder / name).is_file()]
     chat, template = choose(folder, config, chat_format, named, added)
-    return Tokenizer(vocabulary.engine, added, special, files=files, chat=chat, chat_template=template, stop_ids=stop)
+    return Tokenizer(
+        vocabulary.engine, added, special, files=files, chat=chat, chat_template=template, stop_ids=stop,
+        fingerprint=_fingerprint(folder, chat_format),
+    )  # fmt: skip
+
+
+def _fingerprint(folder: Path, chat_format: str | None) -> str:
+    """Of every file that `load` may read, and of the day if a template may write it."""
+    files = [folder / name for name in (*FILES, "config.json", "generation_config.json")]
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files += [Path(chat_format).expanduser()] if chat_format else []
+    digest = hashlib.sha256(str(chat_format).encode())
+    for file in files:
+        content = file.read_bytes() if file.is_file() else b""
+        day = str(date.today()) if b"strftime_now" in content else ""
+        digest.update(f"{file.name} {len(content)} {day}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:

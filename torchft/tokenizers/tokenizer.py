@@ -37,13 +37,14 @@ class Tokenizer:
     def __init__(
         self, engine: ByteBPE | SentencePieceBPE, added: AddedTokens, special: SpecialIds, *,
         files: Sequence[Path] = (), chat: ChatFormat | None = None, chat_template: str | None = None,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Sequence[int] = (), fingerprint: str = "",
     ) -> None:  # fmt: skip
         self._engine = engine
         self._added = added
         self._special = special
         self._files = tuple(files)
         self._chat = chat
+        self.fingerprint = fingerprint  # of all that decides a token; "" where nobody knows
         self.chat_template = chat_template  # Jinja; None if files() say it, else an exported folder needs it too
         self._added_text = {token.id: token.content for token in added}
         self.vocab_size = 1 + max([*engine.token_bytes, *self._added_text])  # rows that an embedding needs

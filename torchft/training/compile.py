@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import compile_times, counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from torchft.files import cache_folder
 from torchft.modules.decoder import Decoder
-
-
-def cache_folder() -> Path:
-    """For what is computed once per machine: $XDG_CACHE_HOME/torchft, or ~/.cache/torchft."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchft"
 
 
 def keep_compiled() -> Path:

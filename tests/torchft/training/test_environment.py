@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 
 def test_seconds_since_the_process_was_made():
-    assert seconds_since_start() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.1)  # its boot time is in whole seconds
+    assert seconds_since_start() == pytest.approx(
+        time.time() - psutil.Process().create_time(), abs=1.1
+    )  # its boot time is in whole seconds
 
 
 def test_the_interpreters_own_start_counts():
