@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -138,16 +139,21 @@ class Tokenizer:
             run(done, len(text))
         return Rendered(tokens, train)
 
-    def _learned(self, text: str, wanted: bytearray, ids: list[int], at_start: bool) -> Iterator[bool]:
-        """Whether each token overlaps a wanted character. Tokens may end inside one, so the mask goes to bytes."""
-        mask = bytearray()
-        for end in [i for i in range(1, len(text)) if wanted[i] != wanted[i - 1]] + [len(text)]:
-            num_bytes = len(self._engine.normalize(text[:end]).encode())
-            mask += bytes([wanted[end - 1]]) * (num_bytes - len(mask))
-        start = 0
-        for end in accumulate(self._engine.widths(ids, text, at_start=at_start)):
-            yield mask.find(1, start, max(end, start + 1)) >= 0  # a token of no width goes with what follows it
-            start = end
+    def _learned(self, text: str, wanted: bytearray, ids: list[int], at_start: bool) -> list[bool]:
+        """Whether each token overlaps a wanted character. Tokens may end inside one, so places are counted in bytes."""
+        ends = list(accumulate(self._engine.widths(ids, text, at_start=at_start)))
+        starts = [0, *ends[:-1]]
+        train = [False] * len(ids)
+        place = done = 0  # the same place, in bytes and in characters
+        for border in (*_borders(wanted), len(text)):
+            next_place = len(self._engine.normalize(text[:border]).encode())
+            if wanted[done] and next_place > place:
+                # A token of no width goes with what follows it: the first that starts here, if none ends later.
+                first = min(bisect_right(ends, place), bisect_left(starts, place))
+                last = bisect_left(starts, next_place)
+                train[first:last] = [True] * (last - first)
+            place, done = max(place, next_place), border
+        return train
 
     def _turn_end(self) -> list[int]:
         """The control token that ends an assistant's turn, if the chat format has one."""
@@ -165,6 +171,14 @@ class Tokenizer:
         """How many strings in a message look like control tokens; an assistant may write those that are not special."""
         is_answer = message["role"] == "assistant"
         return sum(self.num_control(text, special_only=is_answer) for text in _strings(message))
+
+
+def _borders(wanted: bytearray) -> Iterator[int]:
+    """Where 0s and 1s change."""
+    at, other = 0, 1 - wanted[0]
+    while (at := wanted.find(other, at)) >= 0:
+        yield at
+        other = 1 - other
 
 
 def _check_options(chat: ChatFormat, options: dict[str, Any]) -> None:
