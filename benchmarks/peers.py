@@ -21,11 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from peer_models import BUILDERS, NUM_KV_HEADS, RANK, SHAPES, VOCAB
 
-from torchft.training.environment import device_name, pick_device
+from torchft.training.environment import device_name, pick_device, seconds_since_start
 from torchft.training.metrics import flops_per_token, mfu, peak_flops, peak_memory_gib
 
 PACKAGES = ("transformers", "accelerate", "peft", "liger-kernel", "torchtune", "torchao", "bitsandbytes", "unsloth")
@@ -106,7 +105,7 @@ def main() -> None:
         last_loss = loss.item() * given.accumulate  # waits for the device
         seconds.append(time.perf_counter() - began)
         if step == 0:
-            since_start = time.time() - psutil.Process().create_time()
+            since_start = seconds_since_start()
 
     speed = batches.numel() / statistics.median(seconds[given.warm :])
     flops = model_flops(given.shape, given.work, given.seq_len)

@@ -18,7 +18,6 @@ import statistics
 import time
 from functools import partial
 
-import psutil
 import torch
 
 from torchft import models
@@ -29,8 +28,8 @@ from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.data.packing import pack
 from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.training.compile import compiled
-from torchft.training.environment import device_name, pick_device
-from torchft.training.graphs import Replay
+from torchft.training.environment import device_name, pick_device, seconds_since_start
+from torchft.training.in_backward import InBackward
 from torchft.training.meter import training_flops
 from torchft.training.metrics import mfu, peak_flops, peak_memory_gib
 from torchft.training.optim import clip_grad_norm, param_groups
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying")
     parser.add_argument("--no-clip", action="store_true", help="no gradient norm")
+    parser.add_argument("--in-backward", action="store_true", help="full: step each weight as its gradient comes")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear layers but lm_head")
     parser.add_argument("--steps", type=int, default=10, help=f"timed, after {WARM}")
     parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes")
@@ -81,16 +81,19 @@ def main() -> None:
         seq_len=given.seq_len,
         packed=packed,
         device=device,
+        in_backward=given.in_backward,
+        accumulation=given.accumulate,
         limit=int(given.limit_gib * 2**30) if given.limit_gib else None,
     )
     apply_plan(model, plan)
     model.to_empty(device=device)
     fill(model, device)
     model.train()
-    if device.type == "cuda" and not given.no_graphs and not given.no_compile and not plan.offload:
-        model.replay = Replay(model)
+    if given.no_graphs:
+        model.replay = None
     optimizer = torch.optim.AdamW(param_groups(model), lr=1e-5, fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
+    in_backward = InBackward(optimizer, model) if given.in_backward else None
 
     seconds, real = [], []
     profiler = torch.profiler.profile() if given.profile else contextlib.nullcontext()
@@ -112,15 +115,17 @@ def main() -> None:
             head = partial(nll_sum, labels=labels, num_supervised=count)
             loss = model(tokens, positions if packed else None, documents=counts, head=head) / supervised
             loss.backward()
-        if not given.no_clip:
-            clip_grad_norm(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if in_backward:
+            in_backward.finish(step + 1, loss=loss)
+        else:
+            clip_grad_norm(params, None if given.no_clip else 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - began)
         real.append(supervised)
         if step == 0:
-            from_start = time.time() - psutil.Process().create_time()
+            from_start = seconds_since_start()
     if given.profile:
         profiler.__exit__(None, None, None)
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))

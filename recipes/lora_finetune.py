@@ -154,7 +154,7 @@ def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
     total, supervised = 0.0, 0
     for batch in loader:
         batch = batch.to(device)
-        head = partial(nll_sum, labels=batch.labels)
+        head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
         total += model(batch.tokens, batch.positions, documents=batch.documents, head=head).item()
         supervised += batch.num_supervised
     model.train()
@@ -261,7 +261,7 @@ def train(config: Config, run: Run, device: torch.device) -> None:
 
             loss = torch.zeros((), device=device)
             for batch in window:
-                head = partial(nll_sum, labels=batch.labels)
+                head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
                 nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
                 micro_loss.backward()

@@ -454,7 +454,7 @@ def test_n1_a_loss_that_is_not_finite(lora, tmp_path, monkeypatch, no_picture):
     built, calls = [], []
     build_model, nll_sum = recipe.build_model, recipe.nll_sum
 
-    def poisoned(hidden, project, *, labels):
+    def poisoned(hidden, project, *, labels, num_supervised=None):
         calls.append(labels)
         return nll_sum(hidden, project, labels=labels) * (float("nan") if len(calls) == 6 else 1.0)
 

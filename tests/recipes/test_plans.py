@@ -59,9 +59,9 @@ def test_compiled_blocks_meet_one_shape(run, tmp_path, monkeypatch, no_picture, 
     recipe, shapes = run.args[0], set()
     nll_sum = recipe.nll_sum
 
-    def seen(hidden, project, *, labels):
+    def seen(hidden, project, *, labels, **known):
         shapes.add(tuple(labels.shape))
-        return nll_sum(hidden, project, labels=labels)
+        return nll_sum(hidden, project, labels=labels, **known)
 
     monkeypatch.setattr(recompute, "compile_blocks", lambda *args, **kwargs: None)
     held_out = write_jsonl(tmp_path / "eval.jsonl", conversations(4, seed=1))

@@ -71,7 +71,8 @@ class Recorded:
         for p, grad in zip(self.params, self.grads):
             p.grad = grad  # recorded backward adds to it in place
         try:
-            self._record(model)
+            with torch.random.fork_rng([x.device]):  # a resumed run records at another step, and draws the same
+                self._record(model)
         finally:
             for p, was in zip(self.params, before):
                 p.grad = was

@@ -87,11 +87,16 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     Norms are fp32 even if the gradients are bf16, where torch.nn.utils.clip_grad_norm_ rounds each to 8 bits. A norm
     that is not finite scales nothing, so that ``check_finite`` can tell which gradients are at fault.
     """
-    with_grad = [p for p in params if p.grad is not None]
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in with_grad if p.grad is not None]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total.where(total.isfinite(), max_norm))
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        # GradScaler's operator: bf16 gradients times an fp32 scale in one pass, where _foreach_mul_ goes one by one.
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            grads, torch.zeros_like(scale), scale.where(total.isfinite(), 1.0)
+        )
     return total
 
 

@@ -19,7 +19,8 @@ from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
-from torchft.training.memory import GIB, Estimate, Gradients, estimate_step
+from torchft.training.graphs import Replay
+from torchft.training.memory import GIB, Estimate, Gradients, estimate_step, stored_bytes
 from torchft.training.offload import Offload
 
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
@@ -46,6 +47,7 @@ class Plan:
     memory: Estimate
     block_bytes: int  # that one block keeps in a micro-step
     time: float  # relative to the fastest; 1.0 without recompute and with endless rows
+    replays: bool = False  # kernels are not launched one by one: training/graphs.py
     reason: str = ""  # a sentence for the user
 
     @property
@@ -119,21 +121,29 @@ def plans(
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of memory
     quantised = sum(is_traceable_wrapper_subclass(p) for p in model.layers[0].parameters())
     launch = LAUNCH + LAUNCH_QUANTISED * quantised
+    # A graph owns the gradients, also while nothing else would hold them: too much where all weights are trained.
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad) < 0.1 * sum(
+        map(stored_bytes, model.parameters())
+    )
     found = []
     for budget, share in settings:
         for r in splits:
             for away in (False, True) if automatic and not offload else (offload,):
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
+                replays = compiled and device.type == "cuda" and not away and not share and not in_backward
+                replays = replays and (adapters or gradients == "added")
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
                     largest=r * costs[base].largest, offload=away, optimizer_bytes=optimizer_bytes,
-                    gradients=gradients,
+                    gradients="added" if replays else gradients,
                 )  # fmt: skip
                 plan = Plan(
                     budget=budget, share=share, offload=away, rows=r, gradients=gradients, memory=memory,
-                    block_bytes=r * cost.saved,
-                    time=_time(cost, costs[base], rows=r, seq_len=seq_len, offload=away, launch=launch),
+                    block_bytes=r * cost.saved, replays=replays,
+                    time=_time(
+                        cost, costs[base], rows=r, seq_len=seq_len, offload=away, launch=0.0 if replays else launch
+                    ),
                 )  # fmt: skip
                 if not away or not automatic or r * cost.saved * len(model.layers) < host / 2:
                     found.append(plan)
@@ -174,6 +184,7 @@ def apply_plan(model: Decoder, plan: Plan) -> None:
     model.activations = Offload(model, window=2 * plan.block_bytes) if plan.offload else nullcontext()
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
+    model.replay = Replay(model) if plan.replays else None
 
 
 def _time(cost: BlockCost, base: BlockCost, *, rows: int, seq_len: int, offload: bool, launch: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
+from torchft.training.graphs import held_bytes
 from torchft.training.memory import GIB
 from torchft.training.recompute import Plan, apply_plan, available_bytes, does_not_fit, plans
 
@@ -103,7 +104,7 @@ def _runs(
     for p in params:
         p.grad = None
     if not ok:
-        model.activations = nullcontext()
+        model.activations, model.replay = nullcontext(), None
         gc.collect()
         torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -120,7 +121,7 @@ def _peak(model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool,
             positions = torch.arange(seq_len, device=device).expand(plan.rows, -1) if packed else None
             step(tokens, tokens, positions).backward()
     del states
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) + held_bytes()
 
 
 def _drop(p: Tensor) -> None:

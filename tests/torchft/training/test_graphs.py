@@ -186,3 +186,26 @@ def test_gradients_of_others_go_into_the_buffers():
     recorded.own_gradients()
     assert all(p.grad is grad for p, grad in zip(recorded.params, recorded.grads))
     assert [p.grad[0].item() for p in recorded.params] == [0.0, 1.0, 7.0]
+
+
+@pytest.mark.gpu
+def test_each_replay_drops_other_values():
+    torch.manual_seed(0)
+    model = models.build(SIZES).to_empty(device="cuda").to(torch.bfloat16)
+    init_weights(model)
+    apply_lora(model, LoRAConfig(rank=8, alpha=16, dropout=0.5))
+    init_adapters(model)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
+    model = _replaying(model.train())
+    tokens = torch.randint(0, 512, (2, 256), device="cuda")
+    state = torch.cuda.get_rng_state()
+    losses = []
+    for _ in range(3):
+        loss = model(tokens, head=partial(nll_sum, labels=tokens))
+        loss.backward()
+        losses.append(loss.item())
+    assert len(set(losses)) == 3
+    torch.cuda.set_rng_state(state)
+    assert model(tokens, head=partial(nll_sum, labels=tokens)).item() == losses[0]
