@@ -1,6 +1,7 @@
 """Optimizers as components, gradient clipping, and the checks that keep a bad step out of the weights."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -91,12 +92,9 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     if not grads:
         return torch.zeros(())
     total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
-    if max_norm is not None:
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        # GradScaler's operator: bf16 gradients times an fp32 scale in one pass, where _foreach_mul_ goes one by one.
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            grads, torch.zeros_like(scale), scale.where(total.isfinite(), 1.0)
-        )
+    if max_norm is not None and max_norm < (norm := total.item()) < math.inf:
+        # A Python number: a tensor of another dtype than bf16 gradients would multiply them one by one, without SIMD.
+        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
     return total
 
 
