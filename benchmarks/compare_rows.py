@@ -56,15 +56,14 @@ ROWS = (
     Row(
         work="LoRA bf16, 8 x 2048",
         goal="≥ 18,500",
-        runs=(ours("--method lora --batch-size 8 --recompute none"), *LORA),
+        runs=(ours("--method lora --batch-size 8 --recompute 1.0", cost_s=30), *LORA),
     ),
     Row(
         work="LoRA bf16, 16,384 tokens",
         limit_gib=24,
         goal="≥ 13,500",
         runs=(
-            ours("--method lora --batch-size 1 --accumulate 8 --recompute 0.7"),
-            ours("--method lora --batch-size 8 --recompute full", rank=1),
+            ours("--method lora --batch-size 1 --accumulate 8 --recompute none", cost_s=35),
             *LORA_IN_24_GIB,
         ),
     ),
@@ -83,7 +82,7 @@ ROWS = (
         goal="≥ 18,000",
         runs=(
             ours("--method fp8-lora --batch-size 1 --accumulate 8 --recompute none"),
-            ours("--method fp8-lora --batch-size 8 --recompute full", rank=1),
+            ours("--method fp8-lora --batch-size 2 --accumulate 4 --recompute none", rank=1),
             *LORA_IN_24_GIB,
         ),
     ),
@@ -92,8 +91,7 @@ ROWS = (
         limit_gib=13.5,
         goal="≥ 13,000",
         runs=(
-            ours("--method qlora --batch-size 1 --accumulate 8 --recompute 0.7"),
-            ours("--method qlora --batch-size 8 --recompute full --offload", rank=1),
+            ours("--method qlora --batch-size 1 --accumulate 8 --recompute none"),
             peer("unsloth", "qlora --batch-size 1 --accumulate 8 --recompute full --keep-layers 26", cost_s=60),
             peer("unsloth", "qlora --batch-size 8 --recompute offload", cost_s=60, rank=1),
             peer("torchtune", "qlora --batch-size 4 --accumulate 2 --recompute full", cost_s=50, rank=1),
@@ -105,7 +103,7 @@ ROWS = (
         limit_gib=31,
         goal="≥ 8,500",
         runs=(
-            ours("--method lora --seq-len 32768 --batch-size 1 --recompute full --offload --steps 7", cost_s=65),
+            ours("--method lora --seq-len 32768 --batch-size 1 --recompute 0.2 --offload --steps 3", cost_s=75),
             peer("unsloth", "lora --seq-len 32768 --batch-size 1 --recompute full --warm 1 --steps 3", cost_s=80),
             peer(
                 "torchtune",
@@ -126,7 +124,7 @@ ROWS = (
         limit_gib=60,
         goal="≥ 12,000",
         runs=(
-            ours("--method full --batch-size 4 --recompute full"),
+            ours("--method full --batch-size 4 --recompute 0.25 --no-clip --in-backward"),
             peer("hf_liger", "full --batch-size 4 --recompute full", cost_s=40),
             peer("torchtune", "full --batch-size 4 --recompute full", cost_s=45, rank=1),
             peer("unsloth", "full --batch-size 4 --recompute full", cost_s=60, rank=2),
@@ -136,7 +134,7 @@ ROWS = (
         work="full, Llama 3.2 1B, 8 x 2048",
         goal="≥ 85,000",
         runs=(
-            ours("--method full --batch-size 8 --recompute none", model="llama3/Llama-3.2-1B"),
+            ours("--method full --batch-size 8 --recompute 1.0", cost_s=30, model="llama3/Llama-3.2-1B"),
             peer("torchtune", "full --shape 1b --batch-size 8 --recompute none", cost_s=40),
             peer("hf_liger", "full --shape 1b --batch-size 8 --recompute none", cost_s=30, rank=1),
         ),
@@ -146,7 +144,7 @@ ROWS = (
         goal="≤ 10 s",
         measure="start_to_first_step_s",
         runs=(  # the settings of the first row, whose run has filled the compile caches
-            ours("--method lora --batch-size 8 --recompute none --steps 5", cost_s=25),
+            ours("--method lora --batch-size 8 --recompute 1.0 --steps 5", cost_s=25),
             peer("torchtune", "lora --batch-size 8 --recompute none --warm 1 --steps 1", cost_s=30, rank=1),
             peer("unsloth", "lora --batch-size 8 --recompute none --warm 1 --steps 1", cost_s=50, rank=1),
         ),
@@ -154,6 +152,6 @@ ROWS = (
     Row(
         work="LoRA bf16, instruction lengths packed into 8 x 2048: real tokens",
         goal="≥ 90% of full rows",
-        runs=(ours("--method lora --batch-size 8 --recompute none --lengths instruct"),),
+        runs=(ours("--method lora --batch-size 8 --recompute 1.0 --lengths instruct"),),
     ),
 )
