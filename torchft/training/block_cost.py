@@ -150,7 +150,7 @@ def _run(layer: nn.Module, inputs: tuple[Any, ...], budget: float | None) -> Blo
         from torch._inductor.decomposition import select_decomp_table  # imports triton
 
         def compiler(graph: Any, _: Any) -> Any:
-            return make_boxed_func(counted(graph))
+            return make_boxed_func(counted(torch.fx.Interpreter(graph).run))  # a module's hooks want gradients
 
         backend = aot_autograd(
             fw_compiler=compiler,
