@@ -62,7 +62,8 @@ def main() -> None:
         words = ["--config", str(config), f"output_dir={out}", *given.values]
         log = given.folder / f"start_{i}.log"
         with open(log, "w") as f:
-            env = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "START_MARKS": f"{out}.json"}
+            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            env = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": path, "START_MARKS": f"{out}.json"}
             done = subprocess.run([sys.executable, __file__, *words], env=env, stdout=f, stderr=subprocess.STDOUT)
         if done.returncode:
             sys.exit(f"start {i} failed:\n{log.read_text()[-4000:]}")

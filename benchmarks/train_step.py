@@ -22,6 +22,7 @@ import torch
 
 from torchft import models
 from torchft.adapters.fp8 import FP8Config, apply_fp8
+from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
@@ -41,7 +42,7 @@ WARM = 3  # steps that are not counted
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a released size, such as llama3/Llama-3.1-8B")
-    parser.add_argument("--method", choices=("full", "lora", "fp8-lora", "qlora"), default="lora")
+    parser.add_argument("--method", choices=("full", "fp8-full", "lora", "fp8-lora", "qlora"), default="lora")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-step")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-steps per step")
@@ -68,7 +69,9 @@ def main() -> None:
         apply_nf4(model, NF4Config())
     if given.method == "fp8-lora":
         apply_fp8(model, FP8Config(), device=device)
-    if given.method != "full":
+    if given.method == "fp8-full":
+        apply_fp8_training(model, FP8TrainingConfig(), device=device)
+    if not given.method.endswith("full"):
         apply_lora(model, LoRAConfig(rank=given.rank, alpha=2 * given.rank))
         fuse_lora(model)
     packed = given.lengths != "full"

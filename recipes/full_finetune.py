@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import torch
 
 from torchft import hub, models, tokenizers
+from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
@@ -81,6 +82,7 @@ class Config:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, gradients, optimizer states and computation
     device: str = "auto"  # auto takes the accelerator if there is one
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
+    fp8: FP8TrainingConfig | None = None  # matrix products in 8 bits on GPUs that have them, with compile; `fp8: {}`
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
     # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
     offload_activations: bool = False  # keep them in host memory; auto turns it on if nothing else fits
@@ -117,6 +119,8 @@ class Config:
 
 def build_model(config: Config, device: torch.device) -> Decoder:
     model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
+    if config.fp8:
+        apply_fp8_training(model, config.fp8, device=device)
     model.to_empty(device=device)
     if config.from_scratch:
         init_weights(model)

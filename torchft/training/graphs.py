@@ -6,10 +6,12 @@ with-cuda-graphs). The embedding and the loss stay outside: the loss keeps only 
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchft.modules.decoder import Decoder
@@ -67,15 +69,8 @@ class Recorded:
         self.grad = torch.zeros_like(self.x)  # of the hidden states
         self.params = [p for part in (model.layers, model.norm) for p in part.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params]
-        before = [p.grad for p in self.params]
-        for p, grad in zip(self.params, self.grads):
-            p.grad = grad  # recorded backward adds to it in place
-        try:
-            with torch.random.fork_rng([x.device]):  # a resumed run records at another step, and draws the same
-                self._record(model)
-        finally:
-            for p, was in zip(self.params, before):
-                p.grad = was
+        with torch.random.fork_rng([x.device]), _aliased(model, self.params, self.grads):
+            self._record(model)  # draws nothing: a resumed run records at another step
         _RECORDED.add(self)
 
     def _record(self, model: Decoder) -> None:
@@ -116,6 +111,27 @@ class Recorded:
             if p.grad is not None and p.grad is not grad:
                 grad.copy_(p.grad)
             p.grad = grad
+
+
+@contextmanager
+def _aliased(model: Decoder, params: list[nn.Parameter], grads: list[Tensor]) -> Iterator[None]:
+    """Inside, ``model`` has other Parameters of the same memory, to whose ``grad`` the recorded backward adds in place.
+
+    A parameter of which a loss is still in use keeps its node in that loss's graph, with the stream of that forward,
+    which must not appear in a recording.
+    """
+    aliases = {}
+    for p, grad in zip(params, grads):
+        aliases[p] = nn.Parameter(p.detach())
+        aliases[p].grad = grad
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p in aliases]
+    for module, name, p in places:
+        module._parameters[name] = aliases[p]
+    try:
+        yield
+    finally:
+        for module, name, p in places:
+            module._parameters[name] = p
 
 
 class _Replayed(torch.autograd.Function):

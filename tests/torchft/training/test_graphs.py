@@ -13,7 +13,7 @@ from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.modules.decoder import init_weights
 from torchft.training.compile import compile_blocks
-from torchft.training.graphs import Recorded, Replay, _bounds, held_bytes
+from torchft.training.graphs import Recorded, Replay, _aliased, _bounds, held_bytes
 
 SIZES = {
     "hidden_size": 256,
@@ -209,3 +209,39 @@ def test_each_replay_drops_other_values():
     assert len(set(losses)) == 3
     torch.cuda.set_rng_state(state)
     assert model(tokens, head=partial(nll_sum, labels=tokens)).item() == losses[0]
+
+
+@pytest.mark.gpu
+def test_recording_beside_a_loss_that_is_still_in_use():
+    """Its graph holds nodes of the parameters, of another stream."""
+    model = build("lora")
+    compile_blocks(model, budget=0.8)
+    tokens = torch.randint(0, 512, (2, 256), device="cuda")
+    loss = model(tokens, head=partial(nll_sum, labels=tokens))
+    loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    params = dict(model.named_parameters())
+    for p in params.values():
+        p.grad = None
+    model.replay = Replay(model)
+    again = model(tokens, head=partial(nll_sum, labels=tokens))
+    again.backward()
+    assert torch.equal(again, loss) and all(p is params[name] for name, p in model.named_parameters())
+    for name, grad in want.items():
+        torch.testing.assert_close(params[name].grad, grad, rtol=1e-2, atol=1e-2 * grad.abs().max().item())
+
+
+def test_aliases_share_memory_and_not_gradients():
+    torch.manual_seed(0)
+    model = models.build(SIZES).to_empty(device="cpu")
+    init_weights(model)
+    params = list(model.layers.parameters())
+    before, grads = dict(model.named_parameters()), [torch.zeros_like(p) for p in params]
+    with _aliased(model, params, grads):
+        inside = dict(model.named_parameters())
+        model(torch.randint(0, 512, (1, 8))).sum().backward()
+    assert all(p is before[name] for name, p in model.named_parameters())
+    for name, p in before.items():
+        assert inside[name].data_ptr() == p.data_ptr() and (inside[name] is p) == (not name.startswith("layers."))
+        assert (p.grad is None) == name.startswith("layers.")
+    assert all(grad.abs().max() > 0 for grad in grads)
