@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchft.files import atomic_write, cache_folder
 from torchft.modules.decoder import Decoder
-from torchft.training.compile import cache_folder, compiler_settings
+from torchft.training.compile import compiler_settings
 
 EAGER = None  # as a budget: a block that is not compiled
 
@@ -48,19 +49,22 @@ def block_costs(
 
     ``model`` may be on the meta device and is not changed.
     """
-    kinds = Counter(_describe(layer) for layer in model.layers)
-    key = f"{kinds} {model.config} {seq_len} {packed} {device.type} {_name(device)} {_version()}"
-    file = cache_folder() / "block_costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    file = cache_folder() / "block_costs" / f"{case(model, seq_len=seq_len, packed=packed, device=device)}.json"
     known = {k: BlockCost(**v) for k, v in json.loads(file.read_text()).items()} if file.exists() else {}
     missing = [budget for budget in budgets if str(budget) not in known]
     if missing:
         measured = _measure(model, missing, seq_len=seq_len, packed=packed, device=device)
         known |= {str(budget): cost for budget, cost in measured.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{id(model)}")  # renamed, so that no run reads half a file
-        new.write_text(json.dumps({k: asdict(v) for k, v in known.items()}))
-        new.replace(file)
+        atomic_write(file, json.dumps({k: asdict(v) for k, v in known.items()}))
     return {budget: known[str(budget)] for budget in budgets}
+
+
+def case(model: Decoder, *, seq_len: int, packed: bool, device: torch.device) -> str:
+    """A name for all that measurements of ``model``'s blocks on rows of ``seq_len`` depend on, versions included."""
+    kinds = Counter(_describe(layer) for layer in model.layers)
+    key = f"{kinds} {model.config} {seq_len} {packed} {device.type} {_name(device)} {_version()}"
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _measure(

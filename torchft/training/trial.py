@@ -1,19 +1,24 @@
 """Whether a plan of `recompute` really fits: a full micro-step before training, that falls back to leaner plans."""
 
 import gc
+import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchft.errors import UserError
+from torchft.files import atomic_write, cache_folder, read_json
 from torchft.modules.decoder import Decoder
+from torchft.training.block_cost import case
 from torchft.training.graphs import held_bytes
 from torchft.training.memory import GIB
-from torchft.training.recompute import Plan, apply_plan, available_bytes, does_not_fit, plans
+from torchft.training.recompute import FITS, Plan, apply_plan, available_bytes, does_not_fit, plans
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +75,8 @@ def settle(
 
     ``step`` gives the loss of a micro-step. It gets random tokens, all trained on, while a block of memory stands in
     for the optimizer's states. Weights, gradients and random states are left as they were. Call it before there are
-    hooks that step in backward. On CPUs the first plan is applied untried.
+    hooks that step in backward. On CPUs the first plan is applied untried, and so is one that an earlier run tried, of
+    the same model on the same kind of device, if there is memory for what it took then.
 
     Raises:
         UserError: no plan runs within the device's memory, or below ``limit`` bytes.
@@ -80,15 +86,30 @@ def settle(
         return found[0]
     for plan in found:
         apply_plan(model, plan)
-        if _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
+        file = _remembered(model, plan, seq_len=seq_len, packed=packed, device=device)
+        before = read_json(file)["peak"] if file.exists() and limit is None else math.inf
+        if before <= FITS * available_bytes(model, device):
+            return plan
+        if peak := _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, json.dumps({"peak": peak}))
             return plan
         log.warning("out of memory in a trial micro-step: %s", plan)
     raise UserError(does_not_fit(found[-1], available_bytes(model, device) if limit is None else limit))
 
 
+def _remembered(model: Decoder, plan: Plan, *, seq_len: int, packed: bool, device: torch.device) -> Path:
+    """Where the peak of this trial is kept, in the user's cache folder."""
+    name = case(model, seq_len=seq_len, packed=packed, device=device)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    parts = (*plan.setting.values(), plan.gradients, plan.replays, plan.memory.optimizer, trained)
+    return cache_folder() / "trials" / f"{name}_{'_'.join(map(str, parts))}.json"
+
+
 def _runs(
     model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool, device: torch.device, limit: int | None
-) -> bool:
+) -> int | None:
+    """Bytes at the peak; None: too many."""
     assert all(p.grad is None for p in model.parameters()), "before the first step"
     params = [p for p in model.parameters() if p.requires_grad]
     hooks = []
@@ -96,19 +117,19 @@ def _runs(
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in params]
     try:
         peak = _peak(model, plan, step, seq_len=seq_len, packed=packed, device=device)
-        ok = limit is None or peak <= limit
+        found = peak if limit is None or peak <= limit else None
     except torch.OutOfMemoryError:
-        ok = False  # cleaned up below, where the exception no longer holds what the frames it came through held
+        found = None  # cleaned up below, where the exception no longer holds what the frames it came through held
     for hook in hooks:
         hook.remove()
     for p in params:
         p.grad = None
-    if not ok:
+    if found is None:
         model.activations, model.replay = nullcontext(), None
         gc.collect()
         torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    return ok
+    return found
 
 
 def _peak(model: Decoder, plan: Plan, step: Step, *, seq_len: int, packed: bool, device: torch.device) -> int:

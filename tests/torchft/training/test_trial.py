@@ -1,5 +1,6 @@
 """A plan that does not fit gives way to a leaner one, and nothing of the model changes."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -49,11 +50,47 @@ def found_for(model, device, **changed):
     return plans(model, **(given | changed), device=device)
 
 
-def test_the_next_plan_follows(monkeypatch, caplog):
+@pytest.fixture
+def without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(trial, "apply_plan", lambda model, plan: None)
+    monkeypatch.setattr(trial, "available_bytes", lambda model, device: 1000)
+    monkeypatch.setattr(trial, "_remembered", lambda model, plan, **_: tmp_path / "trials" / str(plan))
+
+
+def test_what_ran_once_is_not_tried_again(monkeypatch, without_a_gpu):
+    model, tried = model_on("cpu"), []
+    peaks = {"a": None, "b": 900, "c": 500}
+    monkeypatch.setattr(trial, "_runs", lambda model, plan, *_, **__: tried.append(plan) or peaks[plan])
+    how = {"seq_len": SEQ, "packed": False, "device": CUDA}
+    assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b"]
+    assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b", "a"]
+    assert settle(model, ["b"], step, **how) == "b" and len(tried) == 3
+    assert settle(model, ["b"], step, **how, limit=1000) == "b" and len(tried) == 4
+    monkeypatch.setattr(trial, "available_bytes", lambda model, device: 950)
+    assert settle(model, ["b"], step, **how) == "b" and len(tried) == 5
+    assert settle(model, ["c"], step, **how) == "c" and settle(model, ["c"], step, **how) == "c" and len(tried) == 6
+
+
+def test_a_trial_is_remembered_for_its_model_and_plan_alone():
+    model, device = model_on("cpu"), torch.device("cpu")
+    (plan,) = found_for(model, device)
+    how = {"seq_len": SEQ, "packed": False, "device": device}
+    plans_ = [plan, replace(plan, rows=1), replace(plan, offload=True), replace(plan, gradients="added")]
+    plans_ += [replace(plan, replays=True), replace(plan, memory=replace(plan.memory, optimizer=1))]
+    files = [trial._remembered(model, other, **how) for other in plans_]
+    files += [
+        trial._remembered(model, plan, **how | {"seq_len": 64}),
+        trial._remembered(model, plan, **how | {"packed": True}),
+    ]
+    files += [trial._remembered(model.to(torch.float32), plan, **how)]
+    assert len(set(files)) == len(files)
+    assert trial._remembered(model, plan, **how) == files[-1]
+
+
+def test_the_next_plan_follows(monkeypatch, caplog, without_a_gpu):
     model, tried = model_on("cpu"), []
     (one,) = found_for(model, torch.device("cpu"))
     monkeypatch.setattr(trial, "_runs", lambda model, plan, *_, **__: tried.append(plan) or len(tried) == 2)
-    monkeypatch.setattr(trial, "apply_plan", lambda model, plan: None)
     assert settle(model, ["a", "b", "c"], step, seq_len=SEQ, packed=False, device=CUDA) == "b"
     assert tried == ["a", "b"] and "out of memory" in caplog.text
     tried[:] = [0] * 5
