@@ -52,7 +52,6 @@ class Offload:
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._hooks.__exit__(kind, error, where)
 
-    @torch.compiler.disable  # compiled blocks call it; it is no part of them
     def _pack(self, t: Tensor) -> "Tensor | _View":
         if is_traceable_wrapper_subclass(t) or t.device.type == "meta":
             return t
@@ -91,7 +90,6 @@ class Offload:
             torch.cuda.current_stream(kept.device).wait_event(kept.copied)
         kept.storage = None
 
-    @torch.compiler.disable
     def _unpack(self, packed: "Tensor | _View") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
