@@ -87,8 +87,7 @@ def settle(
     for plan in found:
         apply_plan(model, plan)
         file = _remembered(model, plan, seq_len=seq_len, packed=packed, device=device)
-        before = read_json(file)["peak"] if file.exists() and limit is None else math.inf
-        if before <= FITS * available_bytes(model, device):
+        if limit is None and _peak_before(file) <= FITS * available_bytes(model, device):
             return plan
         if peak := _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +103,14 @@ def _remembered(model: Decoder, plan: Plan, *, seq_len: int, packed: bool, devic
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     parts = (*plan.setting.values(), plan.gradients, plan.replays, plan.memory.optimizer, trained)
     return cache_folder() / "trials" / f"{name}_{'_'.join(map(str, parts))}.json"
+
+
+def _peak_before(file: Path) -> float:
+    """Bytes; infinite if there was no such trial. What cannot be read was none: a cache never stops a run."""
+    try:
+        return float(read_json(file)["peak"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def _runs(

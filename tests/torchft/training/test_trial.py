@@ -57,7 +57,7 @@ def without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, "_remembered", lambda model, plan, **_: tmp_path / "trials" / str(plan))
 
 
-def test_what_ran_once_is_not_tried_again(monkeypatch, without_a_gpu):
+def test_what_ran_once_is_not_tried_again(monkeypatch, tmp_path, without_a_gpu):
     model, tried = model_on("cpu"), []
     peaks = {"a": None, "b": 900, "c": 500}
     monkeypatch.setattr(trial, "_runs", lambda model, plan, *_, **__: tried.append(plan) or peaks[plan])
@@ -66,6 +66,11 @@ def test_what_ran_once_is_not_tried_again(monkeypatch, without_a_gpu):
     assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b", "a"]
     assert settle(model, ["b"], step, **how) == "b" and len(tried) == 3
     assert settle(model, ["b"], step, **how, limit=1000) == "b" and len(tried) == 4
+    for broken in ("", "{", "[]", '{"peak": null}', '{"peak": "x"}'):
+        (tmp_path / "trials" / "b").write_text(broken)
+        tried.clear()
+        assert settle(model, ["b"], step, **how) == "b" and tried == ["b"]
+    tried[:] = [0] * 4
     monkeypatch.setattr(trial, "available_bytes", lambda model, device: 950)
     assert settle(model, ["b"], step, **how) == "b" and len(tried) == 5
     assert settle(model, ["c"], step, **how) == "c" and settle(model, ["c"], step, **how) == "c" and len(tried) == 6
