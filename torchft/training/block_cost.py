@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchft.files import atomic_write, cache_folder
+from torchft.errors import UserError
+from torchft.files import atomic_write, cache_folder, read_json
 from torchft.modules.decoder import Decoder
 from torchft.training.compile import compiler_settings
 
@@ -50,7 +51,10 @@ def block_costs(
     ``model`` may be on the meta device and is not changed.
     """
     file = cache_folder() / "block_costs" / f"{case(model, seq_len=seq_len, packed=packed, device=device)}.json"
-    known = {k: BlockCost(**v) for k, v in json.loads(file.read_text()).items()} if file.exists() else {}
+    try:
+        known = {k: BlockCost(**v) for k, v in read_json(file).items()}
+    except (UserError, TypeError):  # none yet, or damaged: a cache never stops a run
+        known = {}
     missing = [budget for budget in budgets if str(budget) not in known]
     if missing:
         measured = _measure(model, missing, seq_len=seq_len, packed=packed, device=device)

@@ -98,8 +98,13 @@ def test_packed_rows_and_a_second_look(monkeypatch):
     first = costs(model, [0.8, EAGER], packed=True)
     monkeypatch.setattr(block_cost, "_measure", None)  # known by now
     assert costs(model, [EAGER, 0.8], packed=True) == {EAGER: first[EAGER], 0.8: first[0.8]}
+    (file,) = (block_cost.cache_folder() / "block_costs").iterdir()
     with pytest.raises(TypeError):
         costs(model_of("full"), [0.8], packed=True)
+    for broken in ("", "{", "[]", '{"0.8": {"saved": 1}}', '{"0.8": 1}'):
+        file.write_text(broken)
+        with pytest.raises(TypeError, match="not callable"):
+            costs(model, [0.8], packed=True)
 
 
 def test_the_model_is_left_as_it_was():
