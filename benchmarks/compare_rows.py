@@ -124,7 +124,7 @@ ROWS = (
         limit_gib=60,
         goal="≥ 12,000",
         runs=(
-            ours("--method full --batch-size 4 --recompute 0.25 --no-clip --in-backward"),
+            ours("--method full --batch-size 4 --recompute 0.2 --no-clip --in-backward"),
             peer("hf_liger", "full --batch-size 4 --recompute full", cost_s=40),
             peer("torchtune", "full --batch-size 4 --recompute full", cost_s=45, rank=1),
             peer("unsloth", "full --batch-size 4 --recompute full", cost_s=60, rank=2),
