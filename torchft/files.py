@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from torchft.errors import UserError
+
+log = logging.getLogger(__name__)
 
 JSON_LIMIT = 256 << 20  # bytes; the largest tokenizer.json in the wild is about 35 MB
 
@@ -73,6 +76,15 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_in_cache(path: Path, data: str) -> None:
+    """``atomic_write`` of what a later run need not compute again. Only a warning if it cannot be kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+    except OSError as e:
+        log.warning("not kept for later runs: %s: %s", path, e.strerror)
 
 
 @contextlib.contextmanager

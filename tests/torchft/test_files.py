@@ -210,3 +210,10 @@ def test_sha256(tmp_path):
 
 def test_what_is_says_nothing_of_good_files():
     assert what_is(b'{"architectures": []}') == what_is((8).to_bytes(8, "little") + b'{"a":{}}') == ""
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    files.keep_in_cache(tmp_path / "new" / "a.json", "{}")
+    assert (tmp_path / "new" / "a.json").read_text() == "{}"
+    files.keep_in_cache(tmp_path / "new" / "a.json" / "b.json", "{}")  # its folder is a file
+    assert "not kept for later runs" in caplog.text

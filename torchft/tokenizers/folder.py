@@ -76,16 +76,21 @@ def load(checkpoint_dir: str | Path, *, chat_format: str | None = None) -> Token
     chat, template = choose(folder, config, chat_format, named, added)
     return Tokenizer(
         vocabulary.engine, added, special, files=files, chat=chat, chat_template=template, stop_ids=stop,
-        fingerprint=_fingerprint(folder, chat_format),
+        fingerprint=_fingerprint(folder, chat_format, template) if _is_ours(chat) else "",
     )  # fmt: skip
 
 
-def _fingerprint(folder: Path, chat_format: str | None) -> str:
-    """Of every file that `load` may read, and of the day if a template may write it."""
+def _is_ours(chat: object) -> bool:
+    """Whether it changes only with this package: a format that somebody registered is code that nobody hashes."""
+    return chat is None or str(getattr(chat, "__module__", "")).partition(".")[0] == "torchft"
+
+
+def _fingerprint(folder: Path, chat_format: str | None, template: str | None = None) -> str:
+    """Of every file that `load` may read, of the template in use, and of the day if a template may write it."""
     files = [folder / name for name in (*FILES, "config.json", "generation_config.json")]
     files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files += [Path(chat_format).expanduser()] if chat_format else []
-    digest = hashlib.sha256(str(chat_format).encode())
+    digest = hashlib.sha256(f"{chat_format}\n{template}".encode())
     for file in files:
         content = file.read_bytes() if file.is_file() else b""
         day = str(date.today()) if b"strftime_now" in content else ""

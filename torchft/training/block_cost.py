@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchft.errors import UserError
-from torchft.files import atomic_write, cache_folder, read_json
+from torchft.files import cache_folder, keep_in_cache, read_json
 from torchft.modules.decoder import Decoder
 from torchft.training.compile import compiler_settings
 
@@ -59,8 +59,7 @@ def block_costs(
     if missing:
         measured = _measure(model, missing, seq_len=seq_len, packed=packed, device=device)
         known |= {str(budget): cost for budget, cost in measured.items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps({k: asdict(v) for k, v in known.items()}))
+        keep_in_cache(file, json.dumps({k: asdict(v) for k, v in known.items()}))
     return {budget: known[str(budget)] for budget in budgets}
 
 
@@ -111,7 +110,7 @@ def _record(
     with mode:
         tensors = [*model.parameters(), *model.buffers()]
         memo: dict[int, Any] = {id(t): _fake(t, device) for t in tensors}
-        fake = copy.deepcopy(model, memo | {id(model.activations): nullcontext()})
+        fake = copy.deepcopy(model, memo | {id(model.activations): nullcontext(), id(model.replay): None})
         fake.layers = nn.ModuleList(_Recorder(layer) for layer in fake.layers)
         fake.recompute = 0.0
         tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)

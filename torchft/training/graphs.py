@@ -38,6 +38,7 @@ class Replay:
     def __init__(self, model: Decoder) -> None:
         self._model = weakref.ref(model)  # which holds this object
         self._recorded: dict[tuple[torch.Size, bool], Recorded] = {}
+        self._stream: torch.cuda.Stream | None = None  # one for all recordings: libraries keep memory for each
 
     def __call__(self, x: Tensor, positions: Tensor | None, documents: Documents | None) -> Tensor:
         """Embeddings x [b, s, d], ``positions`` and ``documents`` of ``Decoder.forward`` -> hidden states [b, s, d]."""
@@ -52,32 +53,44 @@ class Replay:
         x = x if x.requires_grad else x.detach().requires_grad_()
         if recorded is None or not recorded.holds(documents):
             bounds = None if documents is None else _bounds(documents, recorded, tokens=x.shape[:2])
+            grads = None if recorded is None else recorded.grads  # which may hold what was summed up to here
             self._recorded.pop(key, None)
             del recorded  # its memory is free before the next takes as much
-            recorded = self._recorded[key] = Recorded(model, x, positions, bounds)
+            self._stream = self._stream or torch.cuda.Stream(x.device)
+            recorded = self._recorded[key] = Recorded(model, x, positions, bounds, stream=self._stream, grads=grads)
         return _Replayed.apply(x, positions, recorded)
 
 
 class Recorded:
     """The graphs for one shape of batch, and the tensors that they read and write."""
 
-    def __init__(self, model: Decoder, x: Tensor, positions: Tensor | None, bounds: Documents | None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        x: Tensor,
+        positions: Tensor | None,
+        bounds: Documents | None,
+        *,
+        stream: torch.cuda.Stream,
+        grads: list[Tensor] | None = None,
+    ) -> None:
         self.bounds = bounds
         self.turn = 0  # number of the forward whose activations are in memory
         self.x = x.detach().clone().requires_grad_()
         self.positions = None if positions is None else positions.clone(memory_format=torch.contiguous_format)
         self.grad = torch.zeros_like(self.x)  # of the hidden states
         self.params = [p for part in (model.layers, model.norm) for p in part.parameters() if p.requires_grad]
-        self.grads = [torch.zeros_like(p) for p in self.params]
+        self.grads = [torch.zeros_like(p) for p in self.params] if grads is None else grads
         with torch.random.fork_rng([x.device]), _aliased(model, self.params, self.grads):
-            self._record(model)  # draws nothing: a resumed run records at another step
+            self._record(model, stream)  # draws nothing: a resumed run records at another step
         _RECORDED.add(self)
 
-    def _record(self, model: Decoder) -> None:
-        device, stream = self.x.device, torch.cuda.Stream(self.x.device)
+    def _record(self, model: Decoder, stream: torch.cuda.Stream) -> None:
+        device = self.x.device
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            model.hidden(self.x, self.positions, self.bounds).backward(self.grad)  # compiles, tunes, loads kernels
+            # Compiles, tunes and loads kernels; upstream is zero, so that it adds zeros to the gradients.
+            model.hidden(self.x, self.positions, self.bounds).backward(self.grad)
         self.x.grad = None
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -92,7 +105,6 @@ class Recorded:
         self.hidden, self.x_grad = hidden.detach(), self.x.grad
         self.held_bytes = torch.cuda.memory_reserved(device) - held  # for good, and not in "allocated" afterwards
         del hidden
-        torch._foreach_zero_(self.grads)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.reset_peak_memory_stats(device)  # a replay allocates nothing; `held_bytes` says what it holds
 
@@ -150,7 +162,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        recorded: Recorded = ctx.recorded
+        recorded: Recorded | None = ctx.recorded
+        assert recorded is not None, "a second backward through the same forward: its activations are gone"
         assert ctx.turn == recorded.turn, "a forward came between this one and its backward: do one after the other"
         recorded.grad.copy_(grad)
         recorded.own_gradients()

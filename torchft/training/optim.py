@@ -93,8 +93,12 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
         return torch.zeros(())
     total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     if max_norm is not None and max_norm < (norm := total.item()) < math.inf:
-        # A Python number: a tensor of another dtype than bf16 gradients would multiply them one by one, without SIMD.
-        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+        scale = max_norm / (norm + 1e-6)
+        if grads[0].is_cuda:  # one kernel, in fp32; a 0-dim tensor of another dtype would make it one by one
+            torch._foreach_mul_(grads, scale)
+        else:  # where _foreach_mul_ would round the scale to bf16 first
+            for grad in grads:
+                grad.mul_(scale)
     return total
 
 

@@ -214,7 +214,7 @@ def _draws_random_numbers(layer: nn.Module) -> bool:
 def available_bytes(model: nn.Module, device: torch.device) -> int:
     """Bytes for this model on ``device``: what is free, and what the model has already."""
     free, _ = torch.cuda.mem_get_info(device)
-    own = sum(t.untyped_storage().nbytes() for t in model.parameters() if t.device == device)
+    own = sum(stored_bytes(t) for t in model.parameters() if t.device == device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + cached + own
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import UserError
-from torchft.files import atomic_write, cache_folder, read_json
+from torchft.files import cache_folder, keep_in_cache, read_json
 from torchft.modules.decoder import Decoder
 from torchft.training.block_cost import case
 from torchft.training.graphs import held_bytes
@@ -90,8 +90,7 @@ def settle(
         if limit is None and _peak_before(file) <= FITS * available_bytes(model, device):
             return plan
         if peak := _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps({"peak": peak}))
+            keep_in_cache(file, json.dumps({"peak": peak}))
             return plan
         log.warning("out of memory in a trial micro-step: %s", plan)
     raise UserError(does_not_fit(found[-1], available_bytes(model, device) if limit is None else limit))

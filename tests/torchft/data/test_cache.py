@@ -10,6 +10,7 @@ from letters import Letters, turns, write_jsonl
 from torchft.data import cache, datasets
 from torchft.data.loader import Loader
 from torchft.data.summary import summarise
+from torchft.models import llama3
 from torchft.tokenizers import folder as tokenizer_folder
 
 
@@ -190,3 +191,13 @@ def test_the_chat_format_decides_and_the_day_where_it_is_written(tmp_path, monke
     dated, undated = fingerprint(tmp_path, str(chosen)), fingerprint(tmp_path, None)
     monkeypatch.setattr(tokenizer_folder, "date", Tomorrow)
     assert fingerprint(tmp_path, None) == undated and fingerprint(tmp_path, str(chosen)) != dated
+
+
+def test_a_chat_format_of_somebody_else_is_never_cached(tmp_path):
+    def theirs(messages):
+        return messages
+
+    assert tokenizer_folder._is_ours(None) and tokenizer_folder._is_ours(llama3.chat)
+    assert not tokenizer_folder._is_ours(theirs)
+    texts = {tokenizer_folder._fingerprint(tmp_path, "mine", template) for template in (None, "A:", "B:")}
+    assert len(texts) == 3

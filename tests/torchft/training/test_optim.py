@@ -119,6 +119,17 @@ def test_clip_measures_bf16_gradients_in_fp32():
     torch.testing.assert_close(clip_grad_norm(m.parameters(), None).double(), exact, rtol=1e-6, atol=0)
 
 
+def test_clipping_does_not_round_its_factor():
+    m = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    m.weight.grad = torch.ones(64, 64, dtype=torch.bfloat16)
+    factor = 1.0 / (64 + 1e-6) * 0.99609375 * 3
+    clip_grad_norm(m.parameters(), 64 * factor)
+    assert torch.equal(m.weight.grad, torch.full((64, 64), factor, dtype=torch.float32).to(torch.bfloat16))
+    m.weight.grad = torch.full((64, 64), 1.9921875, dtype=torch.bfloat16)
+    clip_grad_norm(m.parameters(), 64 * 1.9921875 * 0.7265)
+    assert m.weight.grad[0, 0] == torch.tensor(1.9921875 * 0.7265).to(torch.bfloat16)
+
+
 def test_no_clip_leaves_gradients_alone():
     m = model()
     backward(m)

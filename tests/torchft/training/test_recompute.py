@@ -7,15 +7,19 @@ import pytest
 import torch
 from oracles import distance, mean_nll
 from tiny import LLAMA3_ROPE, decoder, tokens
+from torch import nn
 
+from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.errors import UserError
 from torchft.training import recompute
+from torchft.training.block_cost import block_costs
 from torchft.training.compile import compile_blocks
+from torchft.training.graphs import Replay
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
-from torchft.training.recompute import CHEAP, apply_plan, choose, plans
+from torchft.training.recompute import CHEAP, apply_plan, available_bytes, choose, plans
 
 CPU = torch.device("cpu")
 NOISE = 1e-5  # relative; fp32 sums in another order, as DESIGN allows
@@ -237,3 +241,21 @@ def test_memory_of_a_plan_is_the_blocks(monkeypatch):
     assert loss.requires_grad
     measured = sum(t.untyped_storage().nbytes() for t in kept.values())
     assert abs(plan.memory.activations / measured - 1) < 0.03, (plan.memory.activations, measured)
+
+
+def test_available_memory_counts_what_quantised_weights_take(monkeypatch):
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(torch.bfloat16)
+    apply_fp8(model, FP8Config(), device=torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    assert available_bytes(model, torch.device("cpu")) == 256 * 256 + 256 * 4
+
+
+def test_the_cost_of_a_model_that_replays_is_that_of_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = decoder(num_hidden_layers=2)
+    before = block_costs(model, [None], seq_len=32, packed=False, device=torch.device("cpu"))
+    model.replay = Replay(model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert block_costs(model, [None], seq_len=32, packed=False, device=torch.device("cpu")) == before
