@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-step")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-steps per step")
     parser.add_argument("--recompute", default="auto", help="none, auto, full or 0.0-1.0")
-    parser.add_argument("--offload", action="store_true", help="activations to the host")
+    parser.add_argument(
+        "--offload", type=float, nargs="?", const=1.0, default=0.0, help="activations to the host, all or a share"
+    )
     parser.add_argument("--limit-gib", type=float, help="memory that auto may plan with")
     parser.add_argument("--lengths", choices=("full", "instruct"), default="full", help="of the documents in a row")
     parser.add_argument("--no-compile", action="store_true")

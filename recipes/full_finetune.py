@@ -85,7 +85,8 @@ class Config:
     fp8: FP8TrainingConfig | None = None  # matrix products in 8 bits on GPUs that have them, with compile; `fp8: {}`
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
     # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
-    offload_activations: bool = False  # keep them in host memory; auto turns it on if nothing else fits
+    offload_activations: bool | Annotated[float, Range(min=0, max=1)] = False  # wait in host memory for backward, all
+    # that is kept or a share; auto does it if recomputing more would be slower
 
     # Optimisation
     optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(

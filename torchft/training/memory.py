@@ -40,7 +40,7 @@ def estimate_step(
     saved: int,
     recomputed: int,
     largest: int,
-    offload: bool = False,
+    offload: float = 0.0,
     optimizer_bytes: int | None = None,
     gradients: Gradients = "new",
 ) -> Estimate:
@@ -53,7 +53,7 @@ def estimate_step(
         saved: bytes that a block keeps for backward in a micro-step.
         recomputed: bytes that it makes again in backward.
         largest: bytes of the largest tensor that a block makes.
-        offload: only two blocks' kept bytes are on the device at a time.
+        offload: share of the blocks whose kept bytes are on the host; on the device are two of them at a time.
         optimizer_bytes: None: two states per trained value, of its dtype.
     """
     parameters = list(model.parameters())
@@ -66,7 +66,8 @@ def estimate_step(
     summed = table.numel() * 4 + of_table if of_table else 0  # the head's gradient over chunks, in fp32, and cast
     head = logits + 3 * hidden + summed
     block = recomputed + 3 * largest  # a gated MLP's backward has three gradients of its width at once
-    activations = saved * (2 if offload else len(model.layers))
+    away = round(offload * len(model.layers))
+    activations = saved * (len(model.layers) - away + min(away, 2))
     weights = sum(map(stored_bytes, parameters))
     optimizer = 2 * every if optimizer_bytes is None else optimizer_bytes
 

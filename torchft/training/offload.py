@@ -5,6 +5,7 @@
 Works on any block, compiled or not, at any memory budget, because it acts on the tensors that autograd is given.
 """
 
+import math
 from collections.abc import Iterator
 from types import TracebackType
 from weakref import WeakValueDictionary, ref
@@ -23,14 +24,15 @@ class Offload:
 
     Device memory is bounded by ``window`` bytes on the way out and ``window`` on the way in. Give it what one or two
     blocks keep: with less, copies are waited for. What was kept last stays on the device, since backward begins with
-    it. Host memory is allocated as the first step needs it, and used again by every other.
+    it; with ``most``, so does all that a forward keeps after that many bytes, without a copy. Host memory is allocated
+    as the first step needs it, and used again by every other.
 
     Nothing is offloaded that is under 2 MB, or shares memory with a parameter or a buffer. Memory that is kept twice is
     copied once.
     """
 
-    def __init__(self, model: nn.Module, *, window: int) -> None:
-        self.model, self.window = model, window
+    def __init__(self, model: nn.Module, *, window: int, most: float = math.inf) -> None:
+        self.model, self.window, self.most = model, window, most
         self.pool = _Pool()
         self.offloaded = 0  # bytes of the last forward
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -64,24 +66,33 @@ class Offload:
         return _View(kept, t)
 
     def _send(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
+        if self.offloaded >= self.most:
+            return self._stay(storage, t)
         if t.is_cuda and self._out is None:
             self._out, self._in = torch.cuda.Stream(t.device), torch.cuda.Stream(t.device)
         if self.pool.is_idle and self._out is not None and self._in is not None:
             self._out.wait_stream(self._in)  # the last reads of the memory that is now written
-        kept = _Kept(len(self._order), storage, t._version, self.pool)
+        host = self.pool.take(storage.nbytes(), pinned=t.is_cuda)  # [bytes] uint8
+        kept = _Kept(storage, t._version, self.pool, host)
         self.offloaded += storage.nbytes()
         source = _bytes(storage)
         if self._out is None:
-            kept.host.copy_(source)
+            host.copy_(source)
         else:
             self._out.wait_stream(torch.cuda.current_stream(t.device))
             with torch.cuda.stream(self._out):
-                kept.host.copy_(source, non_blocking=True)
+                host.copy_(source, non_blocking=True)
                 kept.copied = self._out.record_event()
         self._order.append(ref(kept))
         self._leaving.append(kept)
         while len(self._leaving) > 1 and sum(k.nbytes for k in self._leaving) > self.window:
             self._leave(self._leaving.pop(0))
+        return kept
+
+    def _stay(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
+        """Only counted: backward, when it comes to it, looks ahead to what is not on the device."""
+        kept = _Kept(storage, t._version, self.pool, None)
+        self._order.append(ref(kept))
         return kept
 
     def _leave(self, kept: "_Kept") -> None:
@@ -98,18 +109,20 @@ class Offload:
         # not read, so nobody waits for it; it may be wrong, since backward overwrites what it has used.
         self._leaving.clear()
         self._fetch(kept)
-        for other in self._earlier(kept.number):
+        kept.is_used = True
+        for other in self._next():
             self._fetch(other)
         if kept.arrived is not None:
             torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
-        kept.is_used = True
         assert kept.storage is not None
         return packed.of(kept.storage)
 
-    def _earlier(self, number: int) -> "Iterator[_Kept]":
-        """What backward will want next, as far as the window goes."""
+    def _next(self) -> "Iterator[_Kept]":
+        """What backward will want next, as far as the window goes: of what is left, what was kept last."""
+        while self._order and self._order[-1]() is None:
+            self._order.pop()
         ahead = 0
-        for entry in reversed(self._order[:number]):
+        for entry in reversed(self._order):
             if (kept := entry()) is None or kept.is_used:
                 continue
             ahead += kept.nbytes
@@ -120,6 +133,7 @@ class Offload:
     def _fetch(self, kept: "_Kept") -> None:
         if kept.storage is not None:
             return
+        assert kept.host is not None
         kept.storage = torch.empty(kept.nbytes, dtype=torch.uint8, device=kept.device).untyped_storage()
         target = _bytes(kept.storage)
         if self._in is None:
@@ -136,20 +150,17 @@ class Offload:
         """Drop what an earlier forward without a backward left."""
         self._leaving.clear()
         self._order = [entry for entry in self._order if entry() is not None]
-        for number, entry in enumerate(self._order):
-            if (kept := entry()) is not None:
-                kept.number = number
 
 
 class _Kept:
     """One storage of saved tensors: on the device, in host memory, or both. Freed when autograd drops its last view."""
 
-    def __init__(self, number: int, storage: torch.UntypedStorage, version: int, pool: "_Pool") -> None:
-        self.number, self.version, self.pool = number, version, pool
+    def __init__(self, storage: torch.UntypedStorage, version: int, pool: "_Pool", host: Tensor | None) -> None:
+        self.version, self.pool = version, pool
         self.device, self.nbytes = storage.device, storage.nbytes()
         self.storage: torch.UntypedStorage | None = storage
         self.origin = StorageWeakRef(storage)
-        self.host = pool.take(self.nbytes, pinned=storage.device.type == "cuda")  # [bytes] uint8
+        self.host = host  # the copy, a piece of the pool; None: it stays on the device
         self.copied: torch.cuda.Event | None = None
         self.arrived: torch.cuda.Event | None = None
         self.is_used = False
@@ -157,7 +168,8 @@ class _Kept:
     def __del__(self) -> None:
         if self.arrived is not None and not self.is_used:  # nobody waited for the copy into memory that is now freed
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
-        self.pool.give_back()
+        if self.host is not None:
+            self.pool.give_back()
 
 
 class _View:

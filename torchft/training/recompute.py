@@ -5,6 +5,7 @@ Memory for activations is bought in three ways, and `auto` takes the cheapest th
 gradients are summed, so nothing changes but the size of matrix multiplications), recomputing, copies to the host.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from torchft.training.offload import Offload
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
 BUDGETS = (CHEAP, 0.5, 0.3, 0.1, 0.0)  # that auto looks at; 0.1 is the last that keeps attention
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, where budgets cannot be had
+OFFLOADS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of what is kept that auto considers sending to the host
 ROW_COST = 128  # tokens: reading the weights once more takes as long as these, at 4 TB/s and 700 TFLOP/s
 # Seconds that the host needs to launch one block's forward and backward, compiled, and more for each quantised weight:
 # small micro-steps wait for it. From steps of 2048 tokens of an 8B model on an H200 (bf16 4.3 ms a block, NF4 6.9).
@@ -41,7 +43,7 @@ class Plan:
 
     budget: float | None  # of the compiler, as in `compile_blocks`; None: blocks are not compiled
     share: float  # of the blocks that keep only their input and run again in backward
-    offload: bool  # what is kept is copied to the host
+    offload: float  # share of what is kept that is copied to the host: what is kept first
     rows: int  # per micro-step
     gradients: Gradients
     memory: Estimate
@@ -63,14 +65,15 @@ class Plan:
             kept = "full recompute"
         elif self.share or self.budget is None:
             kept = f"{self.share:.0%} of the blocks recomputed" if self.share else "no recompute"
-        return f"{kept}{', offloaded' if self.offload else ''}, {self.rows} row{'s' * (self.rows > 1)} per micro-step"
+        away = {0.0: "", 1.0: ", offloaded"}.get(self.offload, f", {self.offload:.0%} of it offloaded")
+        return f"{kept}{away}, {self.rows} row{'s' * (self.rows > 1)} per micro-step"
 
 
 def plans(
     model: Decoder,
     *,
     recompute: str | float,
-    offload: bool,
+    offload: float,
     compiled: bool,
     rows: int,
     seq_len: int,
@@ -87,7 +90,7 @@ def plans(
     Args:
         recompute: "none" (nothing that takes long), "full" (all but the blocks' inputs), a share 0.0-1.0 of the
             activations to keep, or "auto".
-        offload: always copy to the host; else auto does it if nothing else helps.
+        offload: share to copy to the host (True: 1); if 0, auto does it where that is the fastest that fits.
         rows: of a batch; auto divides them into micro-steps.
         optimizer_bytes: of the states; None: two per trainable value, as AdamW's.
         in_backward: gradients are freed within backward, so that a batch cannot be divided.
@@ -128,7 +131,7 @@ def plans(
     found = []
     for budget, share in settings:
         for r in splits:
-            for away in (False, True) if automatic and not offload else (offload,):
+            for away in OFFLOADS if automatic and not offload else (float(offload),):
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
                 replays = compiled and device.type == "cuda" and not away and not share and not in_backward
@@ -145,7 +148,7 @@ def plans(
                         cost, costs[base], rows=r, seq_len=seq_len, offload=away, launch=0.0 if replays else launch
                     ),
                 )  # fmt: skip
-                if not away or not automatic or r * cost.saved * len(model.layers) < host / 2:
+                if not automatic or away * r * cost.saved * len(model.layers) < host / 2:
                     found.append(plan)
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
@@ -181,19 +184,20 @@ def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | N
 def apply_plan(model: Decoder, plan: Plan) -> None:
     """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
     model.recompute = plan.share
-    model.activations = Offload(model, window=2 * plan.block_bytes) if plan.offload else nullcontext()
+    most = plan.offload * len(model.layers) * plan.block_bytes if plan.offload < 1.0 else math.inf
+    model.activations = Offload(model, window=2 * plan.block_bytes, most=most) if plan.offload else nullcontext()
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
     model.replay = Replay(model) if plan.replays else None
 
 
-def _time(cost: BlockCost, base: BlockCost, *, rows: int, seq_len: int, offload: bool, launch: float) -> float:
+def _time(cost: BlockCost, base: BlockCost, *, rows: int, seq_len: int, offload: float, launch: float) -> float:
     """Relative time of a block per token."""
     again = (cost.forward_flops + cost.backward_flops) / (base.forward_flops + base.backward_flops)
     base_s = rows * (base.forward_flops + base.backward_flops) / FLOPS
     compute_s = again * max(base_s * (1 + ROW_COST / (rows * seq_len)), launch)  # what runs again is launched again
-    copies_s = rows * (cost.saved / HOST_BANDWIDTH - cost.forward_flops / FLOPS) if offload else 0.0  # beyond forward
-    return (compute_s + 2 * max(0.0, copies_s)) / base_s + (0.02 if offload else 0.0)
+    copies_s = rows * (offload * cost.saved / HOST_BANDWIDTH - cost.forward_flops / FLOPS)  # beyond forward
+    return (compute_s + 2 * max(0.0, copies_s)) / base_s + 0.02 * offload
 
 
 def _mixed(cost: BlockCost, share: float, input_bytes: int) -> BlockCost:

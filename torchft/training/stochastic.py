@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchft.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ROW = 1024  # values: one compiled kernel serves every tensor that is made of such rows
+ROW = 1024  # values: tensors made of such rows share a faster kernel
 
 
 class AdamWStochastic(Optimizer):
@@ -117,8 +117,9 @@ def adamw(
     if not p.is_cuda:
         _adamw(*tensors, first=first, **given)
         return
-    if p.numel() % ROW == 0 and p.numel() > ROW:  # any number of rows is one compilation; a lone row would be its own
+    if p.numel() % ROW == 0 and p.numel() > ROW:  # the compiler then knows how its loads are aligned
         tensors = [t.view(-1, ROW) for t in tensors]
+    if p.numel() > 1:  # any size is one compilation
         for t in tensors:
             torch._dynamo.mark_dynamic(t, 0)
     _compiled()(*tensors, first=first, **given)

@@ -30,7 +30,7 @@ def fit(
     step: Step,
     *,
     recompute: str | float,
-    offload: bool,
+    offload: float,
     compiled: bool,
     rows: int,
     seq_len: int,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import distance
 
 from torchft.kernels.nf4 import (
     CODEBOOK,
@@ -145,8 +146,9 @@ def test_quantising_on_cuda_gives_the_cpus_values_without_large_temporaries():
     form = packed(on_gpu)
     assert torch.cuda.max_memory_allocated() - before < 150e6
     values, wanted = (dequantise_plain(x, torch.float32) for x in (form.cpu(), packed(weight)))
-    # Sums run in another order, so a block's scale may be rounded to the next of its 256 steps.
-    assert (values - wanted).abs().max() <= 0.01 * wanted.abs().max() and (values != wanted).float().mean() < 0.01
+    # The mean of the scales is summed in another order, so scales may be rounded to the next of their 256 steps.
+    assert (values - wanted).abs().max() <= 0.01 * wanted.abs().max()
+    assert distance(values, wanted)[1] < 3e-3
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Activations in host memory: the same gradients, each byte copied once, memory used again, streams in order."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,11 +62,12 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("most", [0, 1 << 16, math.inf])
 @pytest.mark.parametrize("window", [0, 1 << 14, 1 << 30])
-def test_gradients_are_equal_bit_for_bit(small, device, window):
+def test_gradients_are_equal_bit_for_bit(small, device, window, most):
     net, x = make(device, 32, 64)
     want = run(net, x, torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
-    away = Offload(net, window=window)
+    away = Offload(net, window=window, most=most)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(net, x, away), want))
 
@@ -97,6 +100,60 @@ def test_each_storage_is_copied_once_and_weights_never(small):
     weights = {p.data_ptr() for p in net.parameters()}
     run(net, x, away)
     assert away.offloaded == sum(t.untyped_storage().nbytes() for a, t in saved.items() if a not in weights)
+
+
+def test_what_is_kept_after_the_most_that_is_sent_stays_on_the_device(small, monkeypatch):
+    net, x = make("cpu", 32, 64, num_layers=8)
+    everything = Offload(net, window=0)
+    run(net, x, everything)
+    half, largest = everything.offloaded // 2, 64 * 96 * 4
+    away = Offload(net, window=largest, most=half)
+    for _ in range(2):
+        run(net, x, away)
+        assert half <= away.offloaded < half + largest
+        assert away.pool.nbytes < half + largest + offload.SLAB and away.pool.is_idle
+
+
+def test_what_was_kept_last_comes_back_first_and_each_once(small, monkeypatch):
+    """Also though every block unpacks a tensor that the first one kept."""
+    net, x = make("cpu", 32, 64, num_layers=8)
+    away = Offload(net, window=3 * 64 * 96 * 4)
+    fetched, fetch = [], away._fetch
+
+    def noted(kept):
+        if kept.storage is None:
+            fetched.append(kept)
+        fetch(kept)
+
+    monkeypatch.setattr(away, "_fetch", noted)
+    with away:
+        out = net(x)
+    order = [entry() for entry in away._order]
+    (out.float() ** 2).mean().backward()
+    shared = torch.linspace(0, 1, 32)
+    others = [n for n in map(order.index, fetched) if not torch.equal(order[n].host.view(torch.float32)[:32], shared)]
+    ahead = [max(others[i:]) - n for i, n in enumerate(others)]
+    assert len(set(others)) == len(others) > 20 and max(ahead) < 5  # a block keeps 5, in an order of autograd's own
+
+
+@pytest.mark.parametrize(("window", "is_early"), [(0, False), (1 << 30, True)])
+def test_backward_looks_ahead_past_what_stays(small, window, is_early):
+    """The copies back begin a window before they are needed, while backward still uses what never left."""
+    net, x = make("cpu", 32, 64, num_layers=8)
+    everything = Offload(net, window=0)
+    run(net, x, everything)
+    away = Offload(net, window=window, most=everything.offloaded // 2)
+    with away:
+        out = net(x)
+    sent = [kept for entry in away._order if (kept := entry()).host is not None]
+    for kept in sent:
+        kept.storage = None  # as if there were no window on the way out
+    seen = []
+    net.layers[-1].weight.register_post_accumulate_grad_hook(
+        lambda _: seen.append(sum(kept.storage is not None for kept in sent))
+    )
+    (out.float() ** 2).mean().backward()
+    assert (seen[0] > 1) == is_early  # one is shared by all blocks
 
 
 def test_small_tensors_stay(monkeypatch):

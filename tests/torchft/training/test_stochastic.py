@@ -204,7 +204,7 @@ def test_who_rounds_stochastically():
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", ["bf16", "fp32"])
 def test_the_compiled_step_equals_eager_and_compiles_once(state_dtype):
-    shapes = [(2048, 1024), (4096,), (1024,), (3, 700), (5,), (512, 4096)]
+    shapes = [(2048, 1024), (4096,), (1024,), (3, 700), (512, 4096), *((n,) for n in range(5, 16))]
 
     def run(device):
         torch.manual_seed(0)
@@ -223,7 +223,7 @@ def test_the_compiled_step_equals_eager_and_compiles_once(state_dtype):
         differ = (p.cpu() != q).float().mean().item()  # where a fused multiply-add moves a sum over the random bits
         assert differ < 1e-3, differ
         torch.testing.assert_close(p.cpu(), q, rtol=0.02, atol=1e-2)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # rows, and the three odd sizes
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # rows of 1024, and everything else
 
 
 @pytest.mark.gpu
