@@ -245,3 +245,27 @@ def test_aliases_share_memory_and_not_gradients():
         assert inside[name].data_ptr() == p.data_ptr() and (inside[name] is p) == (not name.startswith("layers."))
         assert (p.grad is None) == name.startswith("layers.")
     assert all(grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.gpu
+def test_running_out_of_memory_while_recording_is_that_error_and_leaves_the_device_usable(monkeypatch):
+    model = build("lora")
+    compile_blocks(model, budget=0.8)
+    (window,) = batches(packed=False, steps=1, micro_steps=1)
+    tokens, labels, _, _ = window[0]
+    model.replay = Replay(model)
+    hidden = type(model).hidden
+
+    def greedy(self, *args):
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+        return hidden(self, *args)
+
+    monkeypatch.setattr(type(model), "hidden", greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(tokens, head=partial(nll_sum, labels=labels))
+    monkeypatch.undo()
+    model.replay = Replay(model)
+    model(tokens, head=partial(nll_sum, labels=labels)).backward()
+    torch.cuda.synchronize()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
