@@ -70,7 +70,7 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        update = self.scaling * F.linear(self.inner(dropped), self.lora_b.to(x.dtype))
+        update = self.outer(self.inner(dropped))
         if self.lora_magnitude is None:
             return out + update
         # As a correction to ``out``, so that an adapter that has learned nothing changes no bit. The correction is of
@@ -89,6 +89,10 @@ class LoRALinear(nn.Linear):
     def inner(self, x: Tensor) -> Tensor:
         """A x, [..., in] -> [..., rank]."""
         return F.linear(x, self.lora_a.to(x.dtype))
+
+    def outer(self, inner: Tensor) -> Tensor:
+        """scaling * B inner, [..., rank] -> [..., out]."""
+        return F.linear(self.scaling * inner, self.lora_b.to(inner.dtype))  # scaled where it is narrow
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator | None = None) -> None:

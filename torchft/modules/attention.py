@@ -43,12 +43,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """With a ``cache``, ``positions`` [b, s] are the slots to write."""
         b, s, _ = x.shape
-        q = self.q_proj(x).view(b, s, -1, self.head_dim)  # [b, s, h, c]
-        k = self.k_proj(x).view(b, s, -1, self.head_dim)  # [b, s, k, c]
-        v = self.v_proj(x).view(b, s, -1, self.head_dim)
+        q, k, v = (y.view(b, s, -1, self.head_dim) for y in self.qkv(x))  # [b, s, h, c], and k heads twice
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             assert positions is not None
             k, v = cache.update(positions, k, v)
         out = attend(q, k, v, seen, scale=self.scale, soft_cap=self.soft_cap, sinks=self.sinks)  # [b, s, h, c]
         return self.o_proj(out.reshape(b, s, -1))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, s, h * c], keys and values [b, s, k * c]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import UserError
+from torchft.training.pinned import pinned_zeros
 from torchft.training.stochastic import AdamWStochastic, adamw
 
 PIECE = 32 << 20  # elements on the device at a time, whatever the size of a parameter
@@ -26,7 +27,7 @@ class AdamWOffloaded(AdamWStochastic):
     Pieces of both moments are copied in, stepped and copied out on streams of their own, both directions at once. A
     step takes what the slower direction takes: 4 bytes per weight with bf16 states, so 8B weights need 0.6 s at 55
     GB/s. With accumulation it is paid once per optimizer step. A weight needs 4 (bf16) or 8 (fp32) bytes of pinned host
-    memory; the allocator rounds each tensor up to a power of 2. CUDA only.
+    memory. CUDA only.
     """
 
     def __init__(
@@ -50,9 +51,7 @@ class AdamWOffloaded(AdamWStochastic):
                 "use torchft.training.stochastic.AdamWStochastic"
             )
         for p in every:
-            moments = {
-                key: torch.zeros(p.shape, dtype=self.state_dtype, pin_memory=True) for key in ("exp_avg", "exp_avg_sq")
-            }
+            moments = {key: pinned_zeros(*p.shape, dtype=self.state_dtype) for key in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": 0, **moments}
         size = min(PIECE, max(p.numel() for p in every))
         self._slots = [_Slot(size, self.state_dtype, every[0].device) for _ in range(SLOTS)]

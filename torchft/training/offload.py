@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from torchft.training.pinned import pinned_zeros
+
 SMALL = 2 << 20  # bytes: below it a copy costs more than it frees
-SLAB = 512 << 20  # bytes of pinned memory asked for at a time; a power of 2, as the allocator would round it up
+SLAB = 512 << 20  # bytes of pinned memory asked for at a time
 
 
 class Offload:
@@ -205,7 +207,8 @@ class _Pool:
         while self._slab < len(self.slabs) and self._used + nbytes > self.slabs[self._slab].nbytes:
             self._slab, self._used = self._slab + 1, 0
         if self._slab == len(self.slabs):
-            self.slabs.append(torch.empty(max(SLAB, nbytes), dtype=torch.uint8, pin_memory=pinned))
+            make = pinned_zeros if pinned else torch.zeros
+            self.slabs.append(make(max(SLAB, nbytes), dtype=torch.uint8))
         piece = self.slabs[self._slab][self._used : self._used + nbytes]
         self._used += -(-nbytes // 512) * 512
         self._live += 1

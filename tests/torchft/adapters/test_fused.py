@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from torchft.adapters.fused import LoRAGatedMLP, fuse_lora
-from torchft.adapters.lora import LoRAConfig, adapters_off, apply_lora, lora_layers
+from torchft.adapters.fused import LoRAAttention, LoRAGatedMLP, fuse_lora, inners
+from torchft.adapters.lora import LoRAConfig, LoRALinear, adapters_off, apply_lora, init_adapters, lora_layers
 
 
 def adapted(**lora):
@@ -23,10 +24,22 @@ def logits_and_gradients(model):
     return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_nothing_changes_but_the_speed():
-    plain, fused = adapted(), adapted()
+ATTENTION, MLP = (["self_attn"], ["mlp"])
+
+
+@pytest.mark.parametrize(
+    ("lora", "parts"),
+    [
+        ({}, ATTENTION + MLP),
+        ({"targets": ["q_proj", "v_proj"]}, ATTENTION),
+        ({"rank_pattern": {"k_proj": 8, "v_proj": 2}, "alpha_pattern": {"q_proj": 3}}, ATTENTION + MLP),
+        ({"targets": ["v_proj", "gate_proj", "up_proj", "down_proj"], "rslora": True}, MLP),
+    ],
+)
+def test_nothing_changes_but_the_speed(lora, parts):
+    plain, fused = adapted(**lora), adapted(**lora)
     names = list(fused.state_dict())
-    assert fuse_lora(fused) == ["layers.0.mlp", "layers.1.mlp"]
+    assert fuse_lora(fused) == [f"layers.{i}.{part}" for i in range(2) for part in parts]
     assert list(fused.state_dict()) == names
     logits, grads = logits_and_gradients(plain)
     fused_logits, fused_grads = logits_and_gradients(fused)
@@ -49,9 +62,35 @@ def logits_and_base(model):
 
 
 @pytest.mark.parametrize(
-    "lora", [{"dora": True}, {"dropout": 0.1}, {"targets": ["gate_proj", "up_proj"]}, {"rank_pattern": {"up_proj": 8}}]
+    "lora",
+    [
+        {"dora": True},
+        {"dropout": 0.1},
+        {"targets": ["gate_proj", "up_proj", "q_proj"]},
+        {"targets": ["gate_proj", "up_proj", "down_proj", "o_proj", "k_proj"], "rank_pattern": {"up_proj": 8}},
+    ],
 )
-def test_what_the_kernel_does_not_know_stays_as_it_is(lora):
+def test_what_is_not_known_stays_as_it_is(lora):
     model = adapted(**lora)
     assert fuse_lora(model) == []
-    assert not any(isinstance(module, LoRAGatedMLP) for module in model.modules())
+    assert not any(isinstance(module, LoRAGatedMLP | LoRAAttention) for module in model.modules())
+
+
+def test_inner_products_are_one_product_each_way():
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products.append(tuple(args[0].shape)) if function is torch.ops.aten.mm.default else None
+            return function(*args, **(kwargs or {}))
+
+    layers = [LoRALinear(torch.nn.Linear(6, out), rank, 8.0) for out, rank in ((5, 2), (7, 3), (9, 4))]
+    init_adapters(torch.nn.ModuleList(layers))
+    x = torch.randn(10, 6, requires_grad=True)
+    with Products():
+        torch.cat([y.square() for y in inners(x, layers)], dim=-1).sum().backward()
+    assert sorted(products) == [
+        (9, 10),
+        (10, 6),
+        (10, 9),
+    ]  # [ranks, t][t, in], [t, in][in, ranks], [t, ranks][ranks, in]

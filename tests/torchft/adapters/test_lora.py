@@ -30,6 +30,7 @@ from torchft.adapters.lora import (
 from torchft.errors import UserError
 
 TOKENS = tokens(length=9)
+NOISE = 5e-5  # of logits: with these adapters PEFT's are 4e-5 from what they are in fp64, ours 2e-5
 
 
 def relative(a, b):
@@ -54,13 +55,13 @@ def test_logits_and_gradients_equal_pefts(config):
     ours = our_model(base, config, theirs)
     outputs = [model(TOKENS).logits for model in (ours, theirs)]
     assert (outputs[0] - base(TOKENS).logits).abs().max() > 0.1  # the adapters do something
-    assert (outputs[0] - outputs[1]).abs().max() <= 1e-5
+    assert (outputs[0] - outputs[1]).abs().max() <= NOISE
     for logits in outputs:
         F.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).backward()
     gradients = their_parameters(theirs)
     assert gradients.keys() == adapter_parameters(ours).keys()
     for name, parameter in adapter_parameters(ours).items():
-        assert relative(parameter.grad, gradients[name].grad) <= 1e-5, name
+        assert relative(parameter.grad, gradients[name].grad) <= 2e-5, name
     assert all(p.grad is None for n, p in ours.named_parameters() if n not in gradients)
 
 
@@ -95,7 +96,7 @@ def test_merged_model_computes_what_the_adapted_one_did(config):
     model = our_model(base, config, peft_model(base, config))
     merged = copy.deepcopy(base)
     merged.load_state_dict(merged_state(model))
-    assert relative(merged(TOKENS).logits, model(TOKENS).logits) <= 1e-5
+    assert relative(merged(TOKENS).logits, model(TOKENS).logits) <= 2e-5
 
 
 @each_config

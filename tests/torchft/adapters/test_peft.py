@@ -94,7 +94,7 @@ def test_k28_we_read_pefts(base, tmp_path, config):
     theirs = peft_model(tiny.llama(**BIASED), config)
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     ours = read(base, tmp_path / "adapter")
-    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 1e-5
+    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 5e-5  # fp32 noise: see test_lora.py
 
 
 @each_config
