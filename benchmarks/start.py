@@ -1,6 +1,6 @@
 """Seconds from the command to the first step of a LoRA run, cold and warm; prints one JSON line per start.
 
-    python benchmarks/start.py /scratch/start              # 16 GB in Llama 3.1 8B's shape, made there once
+    python benchmarks/start.py /dev/shm/start              # 16 GB in Llama 3.1 8B's shape, made there once
     python benchmarks/start.py /scratch/start fp8={} --starts 2
     python benchmarks/start.py out/start --model llama3/Llama-3.2-1B --layers 2 device=cpu compile=false seq_len=128
 

@@ -13,7 +13,6 @@ from torchft.errors import UserError
 from torchft.losses.likelihood import nll_sum
 from torchft.training import trial
 from torchft.training.compile import compiled
-from torchft.training.graphs import held_bytes
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
 from torchft.training.recompute import apply_plan, plans
@@ -197,6 +196,7 @@ def test_every_setting_has_the_same_gradients_and_memory_as_expected(compile_, p
     for value, offload in [("none", False), (0.4, False), (0.4, True), ("full", False), ("full", True)]:
         (plan,) = found_for(model, CUDA, recompute=value, offload=offload, compiled=compile_, packed=packed)
         apply_plan(model, plan)
+        model.replay = None  # what graphs hold is another measure: test_graphs.py
         for _ in range(3):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -205,7 +205,7 @@ def test_every_setting_has_the_same_gradients_and_memory_as_expected(compile_, p
             model(tokens, positions, head=partial(nll_sum, labels=tokens)).backward()
             got = [p.grad for p in trained.values()]
             torch.cuda.synchronize()
-            peaks[value, offload] = torch.cuda.max_memory_allocated() - start + held_bytes()
+            peaks[value, offload] = torch.cuda.max_memory_allocated() - start
         off = {name: distance(a, b)[1] for name, a, b in zip(trained, got, want)}
         assert max(off.values()) < 0.03, (value, offload, off)  # bf16 activations, rounded at other places
         planned = plan.memory.activations + plan.memory.working
