@@ -14,14 +14,17 @@ from torchft.errors import UserError
 TORCHFT = version("torchft-recipes")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name, or for "auto" the accelerator if there is one. UserError if it is not there."""
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"this version trains on one device, but torchrun started {world} processes; start one")
+def pick_device(name: str, *, local_rank: int | None = None) -> torch.device:
+    """The device of that name, or for "auto" the accelerator if there is one. UserError if it is not there.
+
+    ``local_rank``: of several processes on this machine, each of which takes the accelerator of its number.
+    """
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        name = str(torch.accelerator.current_accelerator() or "cpu")
     try:
         device = torch.device(name)
+        if local_rank is not None and device.type != "cpu":
+            device = torch.device(device.type, local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device: {name!r} cannot be used here: {str(e).splitlines()[0]}") from None

@@ -1,0 +1,77 @@
+"""Functions of a test run as the ranks of a job: processes of one machine that talk through gloo."""
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"])
+
+
+def run_ranks(function, size, *args, timeout_s=240, env=None):
+    """``function(*args)`` as each of ``size`` ranks, with torchrun's variables; what they returned, by rank.
+
+    ``function`` is one of a test module's own. Each is told to initialise the process group itself (env://). The first
+    error of any rank is raised here, and the others are killed.
+    """
+    results = _CONTEXT.Queue()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+    where = Path(sys.modules[function.__module__].__file__), function.__name__
+    ranks = [
+        _CONTEXT.Process(
+            target=_run,
+            args=(where, pickle.dumps(args), results, env | {"RANK": str(r), "LOCAL_RANK": str(r)}),
+            daemon=True,
+        )
+        for r in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    found, deadline = {}, time.monotonic() + timeout_s
+    try:
+        while len(found) < size:
+            try:
+                rank, ok, value = results.get(timeout=1)
+            except queue.Empty:
+                dead = [r for r, p in enumerate(ranks) if r not in found and p.exitcode not in (None, 0)]
+                assert not dead, f"rank {dead[0]} ended with exit code {ranks[dead[0]].exitcode}"
+                assert time.monotonic() < deadline, (
+                    f"ranks {set(range(size)) - set(found)} did not end in {timeout_s} s"
+                )
+                continue
+            assert ok, f"rank {rank}:\n{value}"
+            found[rank] = pickle.loads(value)
+    finally:
+        for process in ranks:
+            process.join(timeout=5 if len(found) == size else 0)
+            process.kill()
+    return [found[r] for r in range(size)]
+
+
+def _run(where, args, results, env):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    tests = Path(__file__).parent
+    sys.path[:0] = [str(tests), str(tests.parent)]
+    path, name = where
+    try:
+        spec = importlib.util.spec_from_file_location(f"ranks_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        results.put((int(env["RANK"]), True, pickle.dumps(getattr(module, name)(*pickle.loads(args)))))
+    except BaseException:  # whatever it is, the test shall show it
+        results.put((int(env["RANK"]), False, traceback.format_exc()))
+        raise

@@ -1,0 +1,73 @@
+"""What ranks tell each other, and parts of sharded tensors, on 1 to 3 processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from torchft import ranks
+from torchft.errors import UserError
+
+VALUES = torch.arange(7 * 3.0).view(7, 3)  # 7 rows: no number of ranks divides them
+
+
+def talk():
+    dist.init_process_group("gloo")
+    r = ranks.rank()
+    found = {"gather": ranks.gather(r * 10), "from_main": ranks.from_main(lambda: f"by {r}")}
+    with pytest.raises(UserError, match="no such file") as stop:
+        ranks.from_main(lambda: _fail("no such file", "nor this"))
+    found["problems"] = stop.value.problems
+    with pytest.raises((UserError, OSError), match="disk") as stop:
+        ranks.agree(OSError("disk full") if r == 1 else None)
+    found["agree"] = type(stop.value).__name__
+    ranks.agree(None)
+    ranks.barrier()
+    return found
+
+
+def parts():
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (ranks.num_ranks(),))
+    found = []
+    for placement in (Shard(0), Shard(1), Replicate()):
+        t = distribute_tensor(torch.zeros_like(VALUES), mesh, [placement])
+        ranks.copy_part(t, VALUES)
+        assert torch.equal(ranks.whole(t), VALUES) and torch.equal(ranks.local(t), VALUES[ranks.region(t)])
+        found.append([(s.start, s.stop) for s in ranks.region(t)])
+    return found
+
+
+def _fail(*problems):
+    raise UserError(*problems)
+
+
+def test_ranks_tell_each_other():
+    for r, found in enumerate(run_ranks(talk, 2)):
+        assert found["gather"] == [0, 10] and found["from_main"] == "by 0"
+        assert found["problems"] == ("no such file", "nor this")
+        assert found["agree"] == ("OSError" if r == 1 else "UserError")
+
+
+def test_parts_of_sharded_tensors():
+    by_rank = run_ranks(parts, 3)
+    assert [found[0] for found in by_rank] == [[(0, 3), (0, 3)], [(3, 6), (0, 3)], [(6, 7), (0, 3)]]
+    assert [found[1] for found in by_rank] == [[(0, 7), (0, 1)], [(0, 7), (1, 2)], [(0, 7), (2, 3)]]
+    assert all(found[2] == [(0, 7), (0, 3)] for found in by_rank)
+
+
+def test_one_process_needs_no_group():
+    assert (ranks.rank(), ranks.num_ranks(), ranks.is_main()) == (0, 1, True)
+    assert ranks.gather("x") == ["x"] and ranks.from_main(lambda: 3) == 3
+    t = torch.zeros(2, 3)
+    ranks.copy_part(t, torch.ones(2, 3))
+    assert t.all() and ranks.whole(t).data_ptr() == ranks.local(t).data_ptr() == t.data_ptr()
+    assert ranks.region(t) == (slice(0, 2), slice(0, 3))
+    with pytest.raises(UserError, match="mine"):
+        ranks.from_main(lambda: _fail("mine"))
+    with pytest.raises(OSError, match="mine"):
+        ranks.agree(OSError("mine"))
+    ranks.agree(None)
+    ranks.barrier()

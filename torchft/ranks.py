@@ -1,0 +1,100 @@
+"""The processes of a run, and tensors that are spread over them. Everything here reads the same in one process.
+
+A rank is one process, of one device. A sharded parameter is a DTensor (torch.distributed.tensor): each rank holds a
+part of it. Functions that say "all ranks" must be called by all of them, in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from torchft.errors import UserError
+
+T = TypeVar("T")
+Region = tuple[slice, ...]  # of a whole tensor, a slice for each dimension
+
+
+def rank() -> int:
+    """This process's number, 0 if there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes what there is one of: files, the screen."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """All ranks: returns when all have come. On the host: what a device still computes is not waited for."""
+    gather(None)
+
+
+def gather(value: T) -> list[T]:
+    """All ranks: everybody's small picklable ``value``, by rank."""
+    values: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """All ranks: what ``function`` returns on the main rank, or the UserError that it raises there, on every rank."""
+    result: list[Any] = [None, None]
+    if is_main():
+        try:
+            result[0] = function()
+        except UserError as e:
+            if num_ranks() == 1:
+                raise
+            result[1] = e.problems
+    if num_ranks() > 1:
+        dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise UserError(*result[1])
+    return result[0]
+
+
+def agree(error: BaseException | None) -> None:
+    """All ranks: raises if any rank has an ``error``: its own where there is one, else a UserError that quotes them."""
+    found = [(r, text) for r, text in enumerate(gather(None if error is None else str(error))) if text is not None]
+    if error is not None:
+        raise error
+    if found:
+        raise UserError(*(f"rank {r}: {text}" for r, text in found))
+
+
+def region(t: Tensor) -> Region:
+    """Which part of the whole this rank holds; all of a tensor that is not sharded."""
+    if not isinstance(t, DTensor):
+        return tuple(slice(0, n) for n in t.shape)
+    shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part, of the same memory."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def whole(t: Tensor) -> Tensor:
+    """All ranks: the whole tensor, on its device, a quantised one dequantised."""
+    if not isinstance(t, DTensor):
+        return t.detach()
+    part = t.to_local().to(t.dtype)
+    return DTensor.from_local(part, t.device_mesh, t.placements, shape=t.shape, stride=t.stride()).full_tensor()
+
+
+@torch.no_grad()
+def copy_part(t: Tensor, values: Tensor) -> None:
+    """Copies this rank's part of ``values``, which are whole, into ``t``."""
+    local(t).copy_(values[region(t)])

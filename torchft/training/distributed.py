@@ -1,0 +1,93 @@
+"""The `parallel:` section, and the process group and device mesh that it asks for.
+
+    with distributed.init(config.parallel, device=config.device) as world:
+        ...
+        if world.mesh:
+            for layer in model.layers:
+                fully_shard(layer, mesh=world.mesh["replicate", "shard"], mp_policy=SUM_IN_FP32)
+
+torchrun starts the processes and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from torchft.config import Range
+from torchft.errors import UserError
+from torchft.training.environment import pick_device
+
+# Parameters are gathered in their own dtype, so that a sharded model computes what an unsharded one does; only sums of
+# gradients over ranks are wider.
+SUM_IN_FP32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+TIMEOUT_S = 600  # for which a rank waits for the others before it takes them for dead
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes share the work; the product of the numbers is how many there are."""
+
+    shard: Annotated[int, Range(min=1)] | None = None  # ranks over which a model is sharded (FSDP2); null: what is left
+    replicate: Annotated[int, Range(min=1)] = 1  # groups of such ranks, each with all of the model (HSDP): one per node
+    timeout_s: Annotated[int, Range(min=1)] = TIMEOUT_S  # after which a rank that does not answer ends the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What one process needs to know of all."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None  # replicate x shard; None: one process, and nothing is sharded
+
+    def sum(self, value: Tensor) -> Tensor:
+        """All ranks: ``value`` summed over them, without changing it."""
+        if self.mesh is not None:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+
+@contextmanager
+def init(config: ParallelConfig, *, device: str = "auto") -> Iterator[World]:
+    """The process group of this run, until the block ends. UserError if ``config`` does not fit the processes."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    replicate, shard = degrees(config, size)
+    own = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    if size == 1:
+        yield World(device=own)
+        return
+    backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}.get(own.type)
+    if backend is None:
+        raise UserError(f"device: several processes run on CUDA GPUs or CPUs, not on {own.type}")
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    try:
+        mesh = init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+        yield World(device=own, rank=rank, size=size, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def degrees(config: ParallelConfig, size: int) -> tuple[int, int]:
+    """(replicate, shard) for ``size`` processes. UserError if their product is another number."""
+    shard = config.shard or max(1, size // config.replicate)
+    if config.replicate * shard != size:
+        whole = f"replicate {config.replicate} x shard {shard} = {config.replicate * shard}"
+        raise UserError(
+            f"parallel: {whole}, but there are {size} processes: start as many as the product "
+            "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is"
+        )
+    return config.replicate, shard
