@@ -114,7 +114,7 @@ def start() -> None:
     hub.load_weights = loaded
     for module, function, name in (
         (run, "start", "main"), (tokenizers, "load", "tokenizer"), (summary, "summarise", "data"),
-        (hub, "load_weights", "weights"), (state, "base_fingerprint", "fingerprint"), (trial, "fit", "plan"),
+        (hub, "load_weights", "weights"), (state, "base_fingerprint", "fingerprint"), (trial, "settle", "plan"),
         (console, "first_panel", "panel"),
     ):  # fmt: skip
         marked(module, function, name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
 from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
@@ -32,26 +33,29 @@ from torchft.files import new_folder
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder, init_weights
+from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
-from torchft.training import checkpoint, fault
+from torchft.training import checkpoint, distributed, fault
 from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.environment import device_name, pick_device
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
 from torchft.training.in_backward import InBackward
+from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups, warn_if_frozen
 from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import rounds_stochastically
-from torchft.training.trial import fit, out_of_memory_explained
+from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,6 +85,7 @@ class Config:
     # Model
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights, gradients, optimizer states and computation
     device: str = "auto"  # auto takes the accelerator if there is one
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
     fp8: FP8TrainingConfig | None = None  # matrix products in 8 bits on GPUs that have them, with compile; `fp8: {}`
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
@@ -122,12 +127,20 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
     if config.fp8:
         apply_fp8_training(model, config.fp8, device=device)
-    model.to_empty(device=device)
+    return model.train()
+
+
+def load_model(config: Config, model: Decoder, world: World) -> None:
+    """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
+    if world.mesh:
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+    model.to_empty(device=world.device)
     if config.from_scratch:
         init_weights(model)
     else:
         hub.load_weights(model, config.checkpoint_dir)
-    return model.train()
 
 
 def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
@@ -144,17 +157,17 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples |
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
-    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``."""
+def evaluate(model: Decoder, loader: Loader, world: World) -> float:
+    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``, of all ranks."""
     model.eval()
-    total, supervised = 0.0, 0
+    total, supervised = torch.zeros((), device=world.device, dtype=torch.float64), 0
     for batch in loader:
-        batch = batch.to(device)
+        batch = batch.to(world.device)
         head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
-        total += model(batch.tokens, batch.positions, documents=batch.documents, head=head).item()
-        supervised += batch.num_supervised
+        total += model(batch.tokens, batch.positions, documents=batch.documents, head=head)
+        supervised += batch.all_supervised
     model.train()
-    return total / supervised
+    return world.sum(total).item() / supervised
 
 
 def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
@@ -166,41 +179,51 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
 
 
 def main(config: Config) -> None:
-    device = pick_device(config.device)
-    set_seed(config.seed)
-    about = {"recipe": "full_finetune", "checkpoint_dir": config.checkpoint_dir, "device": device_name(device)}
-    with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
-        train(config, run, device)
+    with distributed.init(config.parallel, device=config.device) as world:
+        set_seed(config.seed)
+        about = {"recipe": "full_finetune", "checkpoint_dir": config.checkpoint_dir, "device": str(world)}
+        with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+            train(config, run, world)
 
 
-def train(config: Config, run: Run, device: torch.device) -> None:
+def train(config: Config, run: Run, world: World) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
-    samples, held_out, summary = build_data(config, tokenizer)
+    with main_first():  # the others find its tokens in the cache
+        samples, held_out, summary = build_data(config, tokenizer)
     exam = config.exact_match
     questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
 
-    model = build_model(config, device)
-    optimizer = config.optimizer.build(param_groups(model))
     saved = checkpoint.latest(run.path, run.id)
-    plan = fit(
+    keep = saved.read("plan") if saved else None
+    model = build_model(config, world.device)
+    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    found = plans(
         model,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
         recompute=config.recompute,
         offload=config.offload_activations,
         compiled=config.compile,
         rows=config.batch_size,
-        seq_len=config.seq_len,
-        packed=config.packed,
-        device=device,
-        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model)),
+        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
         in_backward=config.optimizer_in_backward,
         accumulation=config.gradient_accumulation_steps,
-        keep=saved.read("plan") if saved else None,
+        shards=world.shards,
+        keep=keep,
+        **shape,
+    )
+    load_model(config, model, world)
+    optimizer = config.optimizer.build(param_groups(model))
+    plan = settle(
+        model,
+        found,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
+        keep=keep,
+        **shape,
     )
 
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
+    how |= {"rank": world.rank, "num_ranks": world.size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
-    loader = Prefetch(Loader(samples, **how), device, depth=2 * micro_steps)
+    loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     steps_per_epoch = math.ceil(len(loader) / micro_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
@@ -212,12 +235,12 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
     params = list(model.parameters())
     total = sum(p.numel() for p in params)
     facts = {
         "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{device_name(device)}, {config.dtype}",
+        "device": f"{world}, {config.dtype}",
         "trained": "all of them" + (", from scratch" if config.from_scratch else ""),
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
@@ -226,14 +249,15 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
         "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
     }
-    console = Console()
+    console = Console(quiet=not is_main())
     first_panel(console, "Full fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
-    check_space(run.path, 3 * plan.memory.weights, copies=config.keep_last + 2)
+    size = 3 * sum(p.nbytes for p in model.parameters())
+    from_main(partial(check_space, run.path, size, copies=config.keep_last + 2))
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
-    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
-    meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
+    meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     if not rounds_stochastically(optimizer):
         warn_if_frozen(params, max(float(group["initial_lr"]) for group in optimizer.param_groups))
     before: list[Answer] = []
@@ -245,26 +269,32 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
     in_backward = InBackward(optimizer, model) if config.optimizer_in_backward else None
-    with Steps(console, total_steps, start=step) as progress, closing(loader), out_of_memory_explained(plan):
+    with (
+        Steps(console, total_steps, start=step) as progress,
+        closing(loader),
+        out_of_memory_explained(plan),
+        Interruptible() as stop,
+    ):
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
-            supervised = sum(batch.num_supervised for batch in window)
-            fault.point("before_step", step=step)
+            supervised = sum(batch.all_supervised for batch in window)  # of all ranks
+            fault.point("before_step", step=step, rank=world.rank)
             lr = float(optimizer.param_groups[0]["lr"])
 
-            loss = torch.zeros((), device=device)
+            own_loss = torch.zeros((), device=world.device)
             for batch in window:
                 head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
                 nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
-                micro_loss.backward()
-                loss += micro_loss.detach()
+                (world.size * micro_loss).backward()  # FSDP takes the mean of the ranks' gradients
+                own_loss += micro_loss.detach()
+            loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             rows = [loader.samples.where(i) for batch in window for i in batch.samples]
             if in_backward:
                 grad_norm = in_backward.finish(step + 1, loss=loss, rows=rows)
             else:
                 grad_norm = clip_grad_norm(params, config.clip_grad_norm)
-                check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
+                check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -273,12 +303,13 @@ def train(config: Config, run: Run, device: torch.device) -> None:
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
-            saves = is_due(step, config.save_every, total_steps)
+            stops = step < total_steps and bool(asked)  # all ranks alike
+            saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row["eval_loss"] = evaluate(model, eval_loader, device)
+                        row["eval_loss"] = evaluate(model, eval_loader, world)
                     if evaluates and exam:
                         after = answer_all(model, tokenizer, questions, exam)
                         row["exact_match"] = share_right(after)
@@ -297,6 +328,10 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                     checkpoint.save(run.path, step, parts, run_id=run.id, score=row.get("eval_loss"))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
+            if stops:
+                ended = f"Stopped after step {step}; the same command goes on from there"
+                last_panel(console, ended, {"output": str(run.path)}, {})
+                raise Stopped
     metrics.close()
     trackers.close()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
 from torchft.adapters.fp8 import FP8Config, apply_fp8
@@ -36,24 +37,27 @@ from torchft.files import new_folder
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
+from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
-from torchft.training import checkpoint, fault
+from torchft.training import checkpoint, distributed, fault
 from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.environment import device_name, pick_device
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import check_finite, clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
-from torchft.training.trial import fit, out_of_memory_explained
+from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -86,6 +90,7 @@ class Config:
     nf4: NF4Config | None = None  # QLoRA: the frozen base in 4 bits; `nf4: {}` is all it needs
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of the computation; adapters are fp32
     device: str = "auto"  # auto takes the accelerator if there is one
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
     # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
@@ -129,10 +134,18 @@ def build_model(config: Config, device: torch.device) -> Decoder:
         apply_fp8(model, config.fp8, device=device)
     apply_lora(model, config.lora)
     fuse_lora(model)
-    model.to_empty(device=device)
+    return model.train()
+
+
+def load_model(config: Config, model: Decoder, world: World) -> None:
+    """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
+    if world.mesh:
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+    model.to_empty(device=world.device)
     hub.load_weights(model, config.checkpoint_dir)
     init_adapters(model)
-    return model.train()
 
 
 def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
@@ -149,17 +162,17 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples |
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, loader: Loader, device: torch.device) -> float:
-    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``."""
+def evaluate(model: Decoder, loader: Loader, world: World) -> float:
+    """Mean negative log-likelihood, nats per supervised token, over all of ``loader``, of all ranks."""
     model.eval()
-    total, supervised = 0.0, 0
+    total, supervised = torch.zeros((), device=world.device, dtype=torch.float64), 0
     for batch in loader:
-        batch = batch.to(device)
+        batch = batch.to(world.device)
         head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
-        total += model(batch.tokens, batch.positions, documents=batch.documents, head=head).item()
-        supervised += batch.num_supervised
+        total += model(batch.tokens, batch.positions, documents=batch.documents, head=head)
+        supervised += batch.all_supervised
     model.train()
-    return total / supervised
+    return world.sum(total).item() / supervised
 
 
 def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
@@ -177,41 +190,51 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
 
 
 def main(config: Config) -> None:
-    device = pick_device(config.device)
-    set_seed(config.seed)
-    about = {"recipe": "lora_finetune", "checkpoint_dir": config.checkpoint_dir, "device": device_name(device)}
-    with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
-        train(config, run, device)
+    with distributed.init(config.parallel, device=config.device) as world:
+        set_seed(config.seed)
+        about = {"recipe": "lora_finetune", "checkpoint_dir": config.checkpoint_dir, "device": str(world)}
+        with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+            train(config, run, world)
 
 
-def train(config: Config, run: Run, device: torch.device) -> None:
+def train(config: Config, run: Run, world: World) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
-    samples, held_out, summary = build_data(config, tokenizer)
+    with main_first():  # the others find its tokens in the cache
+        samples, held_out, summary = build_data(config, tokenizer)
     exam = config.exact_match
     questions = conversations(exam.source, max_rows=exam.max_rows) if exam else []
 
-    model = build_model(config, device)
-    optimizer = config.optimizer.build(param_groups(model))
     base = base_fingerprint(config.checkpoint_dir)
     saved = checkpoint.latest(run.path, run.id, base=base)
-    plan = fit(
+    keep = saved.read("plan") if saved else None
+    model = build_model(config, world.device)
+    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    found = plans(
         model,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
         recompute=config.recompute,
         offload=config.offload_activations,
         compiled=config.compile,
         rows=config.batch_size,
-        seq_len=config.seq_len,
-        packed=config.packed,
-        device=device,
-        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model)),
+        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
         accumulation=config.gradient_accumulation_steps,
-        keep=saved.read("plan") if saved else None,
+        shards=world.shards,
+        keep=keep,
+        **shape,
+    )
+    load_model(config, model, world)
+    optimizer = config.optimizer.build(param_groups(model))
+    plan = settle(
+        model,
+        found,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
+        keep=keep,
+        **shape,
     )
 
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
+    how |= {"rank": world.rank, "num_ranks": world.size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
-    loader = Prefetch(Loader(samples, **how), device, depth=2 * micro_steps)
+    loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     steps_per_epoch = math.ceil(len(loader) / micro_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
@@ -224,10 +247,10 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
     trained, total = num_parameters(model)
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
     facts = {
         "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{device_name(device)}, {config.dtype}",
+        "device": f"{world}, {config.dtype}",
         "trained": f"{count(trained)} ({trained / total:.2%}), LoRA rank {config.lora.rank} on {config.lora.targets}",
         "data": str(summary),
         "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
@@ -236,14 +259,15 @@ def train(config: Config, run: Run, device: torch.device) -> None:
         "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
         "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
     }
-    console = Console()
+    console = Console(quiet=not is_main())
     first_panel(console, "LoRA fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
-    check_space(run.path, 3 * plan.memory.gradients, copies=config.keep_last + 2)
+    size = 3 * plan.memory.gradients * world.shards
+    from_main(partial(check_space, run.path, size, copies=config.keep_last + 2))
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
-    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers)
-    meter = Meter(device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
+    meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     params = [p for p in model.parameters() if p.requires_grad]
     before: list[Answer] = []
     if exam and step == 0:
@@ -253,23 +277,29 @@ def train(config: Config, run: Run, device: torch.device) -> None:
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
-    with Steps(console, total_steps, start=step) as progress, closing(loader), out_of_memory_explained(plan):
+    with (
+        Steps(console, total_steps, start=step) as progress,
+        closing(loader),
+        out_of_memory_explained(plan),
+        Interruptible() as stop,
+    ):
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
-            supervised = sum(batch.num_supervised for batch in window)
-            fault.point("before_step", step=step)
+            supervised = sum(batch.all_supervised for batch in window)  # of all ranks
+            fault.point("before_step", step=step, rank=world.rank)
             lr = float(optimizer.param_groups[0]["lr"])
 
-            loss = torch.zeros((), device=device)
+            own_loss = torch.zeros((), device=world.device)
             for batch in window:
                 head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
                 nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
-                micro_loss.backward()
-                loss += micro_loss.detach()
+                (world.size * micro_loss).backward()  # FSDP takes the mean of the ranks' gradients
+                own_loss += micro_loss.detach()
+            loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)
             rows = (loader.samples.where(i) for batch in window for i in batch.samples)
-            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows)
+            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -278,12 +308,13 @@ def train(config: Config, run: Run, device: torch.device) -> None:
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
-            saves = is_due(step, config.save_every, total_steps)
+            stops = step < total_steps and bool(asked)  # all ranks alike
+            saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row["eval_loss"] = evaluate(model, eval_loader, device)
+                        row["eval_loss"] = evaluate(model, eval_loader, world)
                     if evaluates and exam:
                         after = answer_all(model, tokenizer, questions, exam)
                         row["exact_match"] = share_right(after)
@@ -302,6 +333,10 @@ def train(config: Config, run: Run, device: torch.device) -> None:
                     checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=row.get("eval_loss"))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
+            if stops:
+                ended = f"Stopped after step {step}; the same command goes on from there"
+                last_panel(console, ended, {"output": str(run.path)}, {})
+                raise Stopped
     metrics.close()
     trackers.close()
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
+from torchft.ranks import Region, from_main, is_main, local, region, whole
 from torchft.staging import Staging
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
 
@@ -58,11 +60,11 @@ def pieces(params: Mapping[str, Tensor], names: HubNames) -> Iterator[Piece]:
     """Where each of our parameters lies in the Hub's tensors."""
     for name, param in params.items():
         hub, rows = name, slice(None)
-        for whole, parts in names.fused.items():
+        for fused, parts in names.fused.items():
             if (child := name.rsplit(".", 2)[-2]) in parts:
                 sizes = [params[name.replace(f".{child}.", f".{p}.")].shape[0] for p in parts]
                 start = sum(sizes[: parts.index(child)])
-                hub, rows = name.replace(f".{child}.", f".{whole}."), slice(start, start + param.shape[0])
+                hub, rows = name.replace(f".{child}.", f".{fused}."), slice(start, start + param.shape[0])
         hub = names.rename(hub)
         if names.per_expert and (m := re.search(names.per_expert, hub)):
             yield Piece(name, tuple(f"{hub[: m.end()]}.{e}{hub[m.end() :]}" for e in range(param.shape[0])), rows)
@@ -79,28 +81,39 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -> None:
     """Copy the safetensors in ``folder`` into ``model``, one parameter at a time, cast to each parameter's dtype.
 
-    A GPU does what there is to do with the values: cast, quantise, look for NaN and infinity. Raises UserError with
-    every missing, unexpected or misshapen tensor before anything is copied, and with the names of tensors that are not
-    finite.
+    Of a sharded model each rank reads and holds its own parts alone. A GPU does what there is to do with the values:
+    cast, quantise, look for NaN and infinity. Raises UserError with every missing, unexpected or misshapen tensor
+    before anything is copied, and with the names of tensors that are not finite.
     """
     names = hub_format(model).names
     files, params = WeightFiles(folder), base_parameters(model)
     plan = list(pieces(params, names))
     _check_names(files, params, plan, names)
     staging = Staging(next(iter(params.values())).device)
-    finite = []
+    finite: dict[str, Tensor] = {}
     for piece in plan:
-        tensors = [files.read(hub, piece.rows) for hub in piece.hub]
-        full = staging.send(tensors[0] if len(tensors) == 1 else torch.stack(tensors))
+        param = params[piece.name]
+        if not local(param).numel():
+            continue  # fewer rows than ranks
+        part = staging.send(_read(files, piece, region(param)))
         if check_finite:
-            finite.append(torch.stack(full.aminmax()).isfinite().all())
-        params[piece.name].copy_(full)
-    if check_finite and not all(is_finite := torch.stack(finite).tolist()):  # waits for the device, once
-        broken = [piece.hub[0] for piece, fine in zip(plan, is_finite, strict=True) if not fine]
+            finite[piece.hub[0]] = torch.stack(part.aminmax()).isfinite().all()
+        local(param).copy_(part)
+    if finite and not all(is_finite := torch.stack(list(finite.values())).tolist()):  # waits for the device, once
+        broken = [name for name, fine in zip(finite, is_finite, strict=True) if not fine]
         raise UserError(
             f"{folder}: {len(broken)} tensors hold NaN or infinity, such as {broken[:4]}: "
             "training from them cannot work; download or export the checkpoint again"
         )
+
+
+def _read(files: WeightFiles, piece: Piece, part: Region) -> Tensor:
+    """``part`` of our parameter, from the Hub tensors that hold it."""
+    first, *others = part or (slice(None),)
+    if len(piece.hub) > 1:
+        return torch.stack([files.read(hub, *others) for hub in piece.hub[first]])
+    start = piece.rows.start or 0
+    return files.read(piece.hub[0], *(slice(start + first.start, start + first.stop), *others) if part else ())
 
 
 def save(
@@ -116,10 +129,11 @@ def save(
     ``dtype``: of the stored tensors (None = as they are). ``read``: gives a full parameter by our name where it is not
     the model's own, such as one with its adapter merged in; called for one shard at a time. Bit-exact inverse of
     ``models.load`` in the same dtype. Raises UserError rather than replace a folder that holds something else.
+
+    All ranks call it: a sharded model is gathered tensor by tensor, and the main rank writes.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a checkpoint: it would be lost; give another path or delete it")
+    from_main(partial(_check_replaceable, folder))
     hub, params = hub_format(model), base_parameters(model)
     plan: dict[str, list[tuple[str, int | None]]] = {}  # Hub name -> our names (and expert), in row order
     for piece in sorted(pieces(params, hub.names), key=lambda p: p.rows.start or 0):
@@ -127,31 +141,45 @@ def save(
             plan.setdefault(name, []).append((piece.name, expert if len(piece.hub) > 1 else None))
 
     def part(name: str, expert: int | None) -> Tensor:
-        tensor = read(name) if read else params[name].detach()
+        tensor = read(name) if read else whole(params[name])
         return (tensor if expert is None else tensor[expert]).to(dtype or params[name].dtype)
 
     def num_bytes(name: str, expert: int | None) -> int:
-        tensor = params[name] if expert is None else params[name][expert]
-        return tensor.numel() * (dtype or tensor.dtype).itemsize
+        param = params[name]
+        return param.numel() // (1 if expert is None else len(param)) * (dtype or param.dtype).itemsize
 
-    def whole(hub_name: str) -> Tensor:
+    def stored(hub_name: str) -> Tensor:
         parts = [part(*p).cpu() for p in plan[hub_name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     sizes = {hub_name: sum(num_bytes(*p) for p in parts) for hub_name, parts in plan.items()}
-    stored = dtype or next(iter(params.values())).dtype
+    stored_dtype = dtype or next(iter(params.values())).dtype
+    if not is_main():
+        for hub_name in sizes:
+            stored(hub_name)  # gives this rank's part
+        return
     with new_folder(folder) as new:
-        write_shards(new, sizes, whole, shard_bytes=shard_bytes)
+        write_shards(new, sizes, stored, shard_bytes=shard_bytes)
         config = {k: v for k, v in hub.config_json.items() if k not in ("torch_dtype", "dtype")}
-        config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored).removeprefix("torch.")
+        config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored_dtype).removeprefix(
+            "torch."
+        )
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a checkpoint: it would be lost; give another path or delete it")
 
 
 def save_side_files(source: Path, folder: Path, *, stop_ids: Sequence[int]) -> None:
     """Copy a checkpoint's licence and generation_config.json to ``folder``, the latter ending at ``stop_ids`` too.
 
-    A base model that learnt to chat must stop where its chat format does, in transformers and vLLM as here.
+    A base model that learnt to chat must stop where its chat format does, in transformers and vLLM as here. Of several
+    ranks the main one writes.
     """
+    if not is_main():
+        return
     for name in ("LICENSE", "LICENSE.txt", "USE_POLICY.md"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -4,7 +4,9 @@ A rank is one process, of one device. A sharded parameter is a DTensor (torch.di
 part of it. Functions that say "all ranks" must be called by all of them, in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +38,18 @@ def is_main() -> bool:
 def barrier() -> None:
     """All ranks: returns when all have come. On the host: what a device still computes is not waited for."""
     gather(None)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """All ranks: the main one goes through the block before the others, which then find what it has cached."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
 
 
 def gather(value: T) -> list[T]:
@@ -78,6 +92,18 @@ def region(t: Tensor) -> Region:
         return tuple(slice(0, n) for n in t.shape)
     shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
     return tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))
+
+
+def is_sharded(t: Tensor) -> bool:
+    return isinstance(t, DTensor)
+
+
+def num_copies(t: Tensor) -> int:
+    """How many ranks hold the same part as this one."""
+    if not isinstance(t, DTensor):
+        return num_ranks()
+    sizes = [t.device_mesh.size(i) for i, placement in enumerate(t.placements) if placement.is_replicate()]
+    return prod(sizes)
 
 
 def local(t: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ class WeightFiles:
         """As the file spells it: BF16, F32, I8 ..."""
         return self._where[name].get_slice(name).get_dtype()
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Rows of one tensor, on the CPU in its own dtype; only they are read from disk."""
-        return self._where[name].get_tensor(name) if rows == slice(None) else self._where[name].get_slice(name)[rows]
+    def read(self, name: str, *region: slice) -> Tensor:
+        """One tensor, or of its first dimensions these slices, on the CPU in its own dtype; only that is read."""
+        return self._where[name].get_slice(name)[region] if region else self._where[name].get_tensor(name)
 
 
 def open_safetensors(path: Path) -> Any:

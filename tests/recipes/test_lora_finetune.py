@@ -374,13 +374,6 @@ def test_user_errors_exit_with_2(settings, base, tmp_path, monkeypatch, tune):
     assert tune(*words)[0] == 2
 
 
-def test_several_processes_are_refused(lora, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="trains on one device, but torchrun started 2 processes"):
-        lora(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_d14_a_tokenizer_of_another_model(lora, base, tmp_path):
     small = tmp_path / "small"
     shutil.copytree(base, small)

@@ -1,5 +1,6 @@
-"""What both recipes do with the plan of `recompute`: after the data is checked, kept in checkpoints, one shape."""
+"""What both recipes do alike: the plan of `recompute` (after the data is checked, kept in checkpoints), signals."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from recipe_runs import conversations, digests, interrupted, losses, rows
 
 from torchft.errors import UserError
 from torchft.training import recompute
+from torchft.training.interrupt import Stopped
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -36,13 +38,13 @@ def test_bad_data_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch)
 def test_a_resumed_run_keeps_its_plan(run, tmp_path, monkeypatch, no_picture):
     """To the bit, where the memory free now would have it take other rows."""
     recipe, seen = run.args[0], []
-    fit, free = recipe.fit, 1
+    plans, free = recipe.plans, 1
 
     def chosen(*args, keep, **given):
         seen.append(keep)
-        return replace(fit(*args, **given), rows=keep["rows"] if keep else free)
+        return [replace(plan, rows=keep["rows"] if keep else free) for plan in plans(*args, **given)]
 
-    monkeypatch.setattr(recipe, "fit", chosen)
+    monkeypatch.setattr(recipe, "plans", chosen)
     options = ["batch_size=4", "gradient_accumulation_steps=1", "save_every=1"]
     whole = run(tmp_path / "whole", *options)
     with interrupted(monkeypatch, 2):
@@ -77,3 +79,24 @@ def test_compiled_blocks_meet_one_shape(run, tmp_path, monkeypatch, no_picture, 
         assert ours["tokens"] % 128 == 0 and (not packed or ours["tokens"] == plain["tokens"])
     assert sum(row["tokens"] for row in rows(filled)) == 128 * 13 * 2 or packed
     assert rows(filled)[-1]["eval_loss"] == pytest.approx(rows(eager)[-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("signal", ["term", "int"])
+def test_a_signal_ends_the_run_after_the_step_with_all_saved(run, tmp_path, monkeypatch, capsys, no_picture, signal):
+    whole = run(tmp_path / "whole")
+    monkeypatch.setenv("TORCHFT_FAULT", f"before_step:{signal}:0:2")  # while the third step is under way
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path / "parts")
+    assert stopped.value.code == 0 and "Stopped after step 3" in capsys.readouterr().out
+    folder = tmp_path / "parts"
+    assert [p.name for p in folder.glob("step_*")] == ["step_000003"] and not (folder / "export").exists()
+    assert json.loads((folder / "run.json").read_text())["starts"][-1]["status"] == "stopped"
+    monkeypatch.delenv("TORCHFT_FAULT")
+    parts = run(folder)
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+def test_a_signal_in_the_last_step_changes_nothing(run, tmp_path, monkeypatch, no_picture):
+    last = rows(run(tmp_path / "whole"))[-1]["step"] - 1
+    monkeypatch.setenv("TORCHFT_FAULT", f"before_step:term:0:{last}")
+    assert (run(tmp_path / "run") / "export").exists()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from torchft.adapters.lora import lora_layers
+from torchft.adapters.quantised import QuantisedWeight
+from torchft.ranks import local, whole
 
 NUM_SAMPLES = 1024  # values of each tensor that go into a digest
 MEANING = {
@@ -16,12 +18,15 @@ MEANING = {
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """Digests of the base: of what is never quantised nor adapted, and of the adapted weights unless they are NF4."""
+    """Digests of the base: of what is never quantised nor adapted, and of the adapted weights if none is quantised.
+
+    All ranks call it.
+    """
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     base = {n: p for n, p in model.named_parameters() if n not in linears and ".lora_" not in n}
     adapted = {name: layer.weight for name, layer in lora_layers(model).items()}
     digests = {"torchft.base": _digest(base)}
-    if all(type(weight) is nn.Parameter for weight in adapted.values()):
+    if not any(isinstance(local(weight), QuantisedWeight) for weight in adapted.values()):
         digests["torchft.linears"] = _digest(adapted)
     return digests
 
@@ -37,7 +42,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names, shapes and some values of each tensor; the same for an fp32 and a bf16 copy of a checkpoint."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // NUM_SAMPLES)].contiguous()
+        sample = whole(tensor).flatten()[:: max(1, tensor.numel() // NUM_SAMPLES)].contiguous()
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(bytes(sample.to("cpu", torch.bfloat16).view(torch.uint8).tolist()))
     return digest.hexdigest()

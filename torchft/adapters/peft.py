@@ -21,6 +21,7 @@ from torchft.adapters.fingerprint import differences, fingerprints
 from torchft.adapters.lora import LoRAConfig, LoRALinear, lora_layers
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
+from torchft.ranks import is_main, whole
 from torchft.weights import open_safetensors, save_tensors
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ Value = TypeVar("Value")
 
 
 def save_peft(model: nn.Module, folder: Path, *, hub_name: HubName, base_model_name_or_path: str) -> None:
-    """Write ``model``'s adapters to ``folder``, whole or not at all; an existing one is replaced."""
+    """Write ``model``'s adapters to ``folder``, whole or not at all; an existing one is replaced. All ranks call it."""
     linears = [hub_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     layers = {hub_name(name): layer for name, layer in lora_layers(model).items()}
     first = next(iter(layers.values()))
@@ -66,9 +67,12 @@ def save_peft(model: nn.Module, folder: Path, *, hub_name: HubName, base_model_n
     }
     if dora or config["rank_pattern"] or config["alpha_pattern"]:
         log.warning("vLLM cannot serve this adapter (DoRA, or rank or alpha by layer): export the merged model for it")
-    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in _parameters(layers).items()}
+    tensors = {key: whole(parameter).cpu().contiguous() for key, parameter in _parameters(layers).items()}
+    metadata = fingerprints(model)
+    if not is_main():
+        return
     with new_folder(folder) as new:
-        save_tensors(tensors, new / WEIGHTS, metadata=fingerprints(model))
+        save_tensors(tensors, new / WEIGHTS, metadata=metadata)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

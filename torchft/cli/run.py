@@ -4,6 +4,7 @@ A recipe ends with ``start(main, Config, recipe="its_name")``, so that ``tune ru
 ``torchrun recipes/x.py`` read the same words and fail the same way.
 """
 
+import contextlib
 import logging
 import os
 import runpy
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TypeVar
 
 from torchft import registry, shipped
@@ -137,10 +138,18 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
         options = [*options, f"--nproc-per-node={devices}"]
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # said below, once
+    if not any(option.startswith("--signals-to-handle=") for option in options):
+        # torchrun would give its processes 30 s from the signal; ours end by themselves, when the step is saved.
+        options = [*options, "--signals-to-handle=SIGHUP,SIGQUIT"]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _pass_on)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args([*options, *command]))
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
+        if _passed_on and failure.exitcode == -_passed_on[0]:
+            print(f"\n{signal.Signals(_passed_on[0]).name}: stopped all processes", file=sys.stderr)
+            sys.exit(128 + _passed_on[0])
         if failure.exitcode in (2, 130):  # the process has said why
             sys.exit(failure.exitcode)
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else "failed; its error is above"
@@ -151,6 +160,18 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         sys.exit(128 + e.sigval)
     except ValueError as e:
         raise UserError(f"torchrun: {e}") from None
+
+
+_passed_on: list[int] = []  # signals that the processes have been sent
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """To the processes that torchrun has started, which then end, and torchrun with them."""
+    _passed_on.append(number)
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
 
 def _show_log() -> None:

@@ -2,6 +2,9 @@
 
 Samples are tokenised before training, so a batch is a copy of slices: 8 packed rows of 2048 take 2.3 ms on one core,
 their step on a device hundreds. One thread hides them (data/prefetch.py); the position is two integers.
+
+Ranks share an epoch's rows: each batch is a slice of one that all ranks have together, so that neither the order nor
+the position depends on how many they are.
 """
 
 import hashlib
@@ -31,6 +34,7 @@ class Batch:
     documents: tuple[int, int] | None  # in packed rows: how many there are, and the tokens of the longest
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     num_tokens: int  # of rows that hold samples, padding after them included
+    all_supervised: int  # of this batch of all ranks, by which each divides its loss
     samples: tuple[int, ...]  # which samples are in it, to name a batch that breaks training
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -59,6 +63,9 @@ class Loader:
         one_shape: all batches are [batch_size, samples.seq_len], as torch.compile wants them: empty rows, where nothing
             is trained, fill up an epoch's last. Else unpacked rows are as long as the longest of their batch.
         drop_last: leave out an epoch's last batch if it has fewer than ``batch_size`` rows.
+        batch_size: rows of one rank's batch. Where an epoch ends a rank may have fewer, but never none: an empty row,
+            where nothing is trained, keeps it in step with the others.
+        rank: of ``num_ranks``, which all make their loader alike.
     """
 
     def __init__(
@@ -71,8 +78,11 @@ class Loader:
         shuffle: bool = True,
         drop_last: bool = False,
         one_shape: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.rank, self.all_rows = rank, batch_size * num_ranks
         self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
         self.epoch = 0  # of the next batch
         self.num_rows = len(samples)  # of an epoch, the same in every epoch
@@ -81,26 +91,28 @@ class Loader:
         if packed:
             self._rows = self._epoch_rows()
             self.num_rows = len(self._rows)
-        self._used_rows = self.num_rows // batch_size * batch_size if drop_last else self.num_rows
+        self._used_rows = self.num_rows // self.all_rows * self.all_rows if drop_last else self.num_rows
         if not self._used_rows:
-            raise UserError(f"the dataset gives {self.num_rows} rows, not enough for one batch of {batch_size}")
+            raise UserError(f"the dataset gives {self.num_rows} rows, not enough for one batch of {self.all_rows}")
         self._tokens = torch.frombuffer(samples.tokens, dtype=torch.int32)  # [t], a view
         self._labels = torch.frombuffer(samples.labels, dtype=torch.int32)  # [t], a view
+        until = torch.cat([torch.zeros(1, dtype=torch.int64), (self._labels != IGNORE).cumsum(0)])  # before each token
+        self._supervised = until[torch.as_tensor(samples.starts)].diff()  # [samples]
         self._fingerprint = samples.fingerprint()
 
     def __len__(self) -> int:
         """Batches of an epoch, the same in every epoch."""
-        return -(-self._used_rows // self.batch_size)
+        return -(-self._used_rows // self.all_rows)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
         while self.epoch == epoch:
             self._rows = self._rows or self._epoch_rows()
-            rows = self._rows[self._next_row : min(self._next_row + self.batch_size, self._used_rows)]
+            rows = self._rows[self._next_row : min(self._next_row + self.all_rows, self._used_rows)]
             self._next_row += len(rows)
             if self._next_row == self._used_rows:
                 self.epoch, self._next_row, self._rows = epoch + 1, 0, None
-            yield self._collate(rows)
+            yield self._collate(rows[self.rank * self.batch_size :][: self.batch_size], of=rows)
 
     def take(self, num_batches: int) -> list[Batch]:
         """The next ``num_batches`` batches; fewer, never none, where the epoch ends: no window spans two epochs."""
@@ -113,7 +125,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position, bit-exact. UserError that lists every difference if the order has changed.
 
-        ``batch_size`` may change: the position counts rows.
+        ``batch_size`` and the number of ranks may change: the position counts rows.
         """
         differences = [
             f"{key} was {state.get(key)!r}, now {value!r}"
@@ -146,9 +158,10 @@ class Loader:
             return [[i] for i in range(len(self.samples))]
         return [[i] for i in torch.randperm(len(self.samples), generator=generator).tolist()]
 
-    def _collate(self, rows: list[list[int]]) -> Batch:
+    def _collate(self, rows: list[list[int]], *, of: list[list[int]]) -> Batch:
+        """This rank's ``rows`` as a batch; ``of``: those of all ranks."""
         starts = self.samples.starts
-        b, s = self.batch_size if self.one_shape else len(rows), self._row_length(rows)
+        b, s = self.batch_size if self.one_shape else max(1, len(rows)), self._row_length(rows)
         tokens = torch.full((b, s), self.samples.pad_id)
         labels = torch.full((b, s), IGNORE)
         count = torch.arange(s)
@@ -172,11 +185,12 @@ class Loader:
             documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
             num_tokens=len(rows) * s,
             num_supervised=int((labels != IGNORE).sum()),
+            all_supervised=int(self._supervised[[sample for row in of for sample in row]].sum()),
             samples=tuple(sample for row in rows for sample in row),
         )
 
     def _row_length(self, rows: list[list[int]]) -> int:
         if self.packed or self.one_shape:
             return self.samples.seq_len
-        longest = max(self.samples.starts[i + 1] - self.samples.starts[i] for (i,) in rows)
+        longest = max((self.samples.starts[i + 1] - self.samples.starts[i] for (i,) in rows), default=1)
         return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.samples.seq_len)

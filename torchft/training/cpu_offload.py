@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchft.errors import UserError
 from torchft.training.pinned import pinned_zeros
@@ -49,6 +50,11 @@ class AdamWOffloaded(AdamWStochastic):
             raise UserError(
                 f"optimizer: AdamWOffloaded is for weights on CUDA, not on {devices.pop()}; "
                 "use torchft.training.stochastic.AdamWStochastic"
+            )
+        if any(isinstance(p, DTensor) for p in every):
+            raise UserError(
+                "optimizer: AdamWOffloaded does not work on weights that several processes share; "
+                "use torchft.training.stochastic.AdamWStochastic, whose states are sharded with the weights"
             )
         for p in every:
             moments = {key: pinned_zeros(*p.shape, dtype=self.state_dtype) for key in ("exp_avg", "exp_avg_sq")}

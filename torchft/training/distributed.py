@@ -4,7 +4,7 @@
         ...
         if world.mesh:
             for layer in model.layers:
-                fully_shard(layer, mesh=world.mesh["replicate", "shard"], mp_policy=SUM_IN_FP32)
+                fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
 
 torchrun starts the processes and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
 """
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from torchft.config import Range
 from torchft.errors import UserError
-from torchft.training.environment import pick_device
+from torchft.training.environment import device_name, pick_device
 
 # Parameters are gathered in their own dtype, so that a sharded model computes what an unsharded one does; only sums of
 # gradients over ranks are wider.
@@ -48,7 +48,21 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # replicate x shard; None: one process, and nothing is sharded
+    mesh: DeviceMesh | None = None  # what `fully_shard` takes; None: one process, and nothing is sharded
+    shards: int = 1  # ranks that share one copy of the model
+
+    def __str__(self) -> str:
+        """For people: "NVIDIA H200", "8 x NVIDIA H200, sharded", "16 x NVIDIA H200, 2 copies sharded over 8"."""
+        name = device_name(self.device)
+        if self.size == 1:
+            return name
+        copies = self.size // self.shards
+        how = (
+            "sharded"
+            if copies == 1
+            else f"{copies} copies" + (f" sharded over {self.shards}" if self.shards > 1 else "")
+        )
+        return f"{self.size} x {name}, {how}"
 
     def sum(self, value: Tensor) -> Tensor:
         """All ranks: ``value`` summed over them, without changing it."""
@@ -73,10 +87,18 @@ def init(config: ParallelConfig, *, device: str = "auto") -> Iterator[World]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     timeout = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
+    except (ValueError, RuntimeError) as e:  # torch's own errors of the network are RuntimeErrors
+        where = ", ".join(f"{n}={os.environ.get(n)}" for n in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+        raise UserError(
+            f"rank {rank} cannot reach the others ({where}): {str(e).splitlines()[0]}. Start with `tune run` or "
+            "torchrun, on each node with the same --rdzv-endpoint, of a host and port that all nodes can reach"
+        ) from None
     try:
         mesh = init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        yield World(device=own, rank=rank, size=size, mesh=mesh)
+        fsdp = mesh if replicate > 1 else mesh["shard"]  # FSDP2 takes two dimensions for HSDP
+        yield World(device=own, rank=rank, size=size, mesh=fsdp, shards=shard)
     finally:
         dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Named points where a test can make a run fail: TORCHFT_FAULT="point:action:rank:step".
 
-Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill (SIGKILL), raise, enospc, eio, hang.
+Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int (signals), raise, enospc,
+eio, hang, exit (with code 0, as if done).
 ``*`` stands for any rank or step. Without the variable a point costs one look into the environment.
 """
 
@@ -20,8 +21,10 @@ def point(name: str, *, step: int, rank: int = 0) -> None:
     if where != name or at_rank not in ("*", str(rank)) or at_step not in ("*", str(step)):
         return
     match action:
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        case "kill" | "term" | "int":
+            os.kill(os.getpid(), getattr(signal, f"SIG{action.upper()}"))
+        case "exit":
+            os._exit(0)
         case "raise":
             raise RuntimeError(f"injected fault {wanted}")
         case "enospc" | "eio":

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchft.errors import UserError
+from torchft.ranks import local
+from torchft.training.optim import total_norm
 
 
 class InBackward:
@@ -42,7 +44,8 @@ class InBackward:
         device for every parameter, and not save the run either: later layers would be a step ahead of earlier ones.
         """
         norms, self._norms = self._norms, {}
-        total = torch.linalg.vector_norm(torch.stack(list(norms.values()))) if norms else torch.zeros(())
+        stepped = [p for p, name in self._names.items() if name in norms]  # sharded as their gradients were
+        total = total_norm(stepped, [norms[self._names[p]] for p in stepped]) if norms else torch.zeros(())
         if torch.isfinite(torch.as_tensor(loss)).all() and torch.isfinite(total):
             return total
         bad = [name for name, norm in norms.items() if not torch.isfinite(norm)]
@@ -62,7 +65,7 @@ class InBackward:
     @torch.no_grad()
     def _step(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
-        self._norms[self._names[p]] = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        self._norms[self._names[p]] = torch.linalg.vector_norm(local(p.grad), dtype=torch.float32)
         optimizer = self._optimizer
         groups, params = optimizer.param_groups, group["params"]
         optimizer.param_groups, group["params"] = [group], [p]  # for this step, all that the optimizer has

@@ -43,6 +43,7 @@ def estimate_step(
     offload: float = 0.0,
     optimizer_bytes: int | None = None,
     gradients: Gradients = "new",
+    shards: int = 1,
 ) -> Estimate:
     """Of training ``model`` on micro-steps of ``tokens``, from the measured cost of a block (`block_costs`).
 
@@ -54,10 +55,12 @@ def estimate_step(
         recomputed: bytes that it makes again in backward.
         largest: bytes of the largest tensor that a block makes.
         offload: share of the blocks whose kept bytes are on the host; on the device are two of them at a time.
-        optimizer_bytes: None: two states per trained value, of its dtype.
+        optimizer_bytes: of all ranks; None: two states per trained value, of its dtype.
+        shards: ranks that share weights, gradients and states. Two blocks are whole at a time, and what is in no block
+            always.
     """
     parameters = list(model.parameters())
-    every = _trained_bytes(parameters)
+    every = _trained_bytes(parameters) // shards
     layer = max(_trained_bytes(list(layer.parameters())) for layer in model.layers)
     table = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
     of_table = _trained_bytes([table])
@@ -68,8 +71,11 @@ def estimate_step(
     block = recomputed + 3 * largest  # a gated MLP's backward has three gradients of its width at once
     away = round(offload * len(model.layers))
     activations = saved * (len(model.layers) - away + min(away, 2))
-    weights = sum(map(stored_bytes, parameters))
-    optimizer = 2 * every if optimizer_bytes is None else optimizer_bytes
+    weights = sum(map(stored_bytes, parameters)) // shards
+    if shards > 1:
+        blocks = [sum(map(stored_bytes, layer.parameters())) for layer in model.layers]
+        weights += 2 * max(blocks) + sum(map(stored_bytes, parameters)) - sum(blocks)
+    optimizer = 2 * every if optimizer_bytes is None else optimizer_bytes // shards
 
     before = every if gradients == "added" else 0
     after_head = {"new": of_table, "added": every, "freed": 0}[gradients]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.modules.decoder import Decoder
+from torchft.ranks import gather
 from torchft.training.environment import device_name, seconds_since_start
 from torchft.training.metrics import Row, flops_per_token, mfu, peak_flops, peak_memory_gib
 
@@ -24,7 +25,7 @@ class Meter:
         self._reset()
 
     def add(self, loss: Tensor, *, tokens: int, supervised: int) -> None:
-        """One optimizer step: its mean loss per supervised token, and how many tokens of each kind it had."""
+        """One optimizer step: its mean loss per supervised token, this rank's tokens, the supervised ones of all."""
         if self._is_new:
             loss.item()  # waits for the step, this once
             self.start_to_first_step_s, self._is_new = seconds_since_start(), False
@@ -33,20 +34,25 @@ class Meter:
         self._supervised += supervised
 
     def row(self, step: int, *, lr: float, grad_norm: Tensor) -> Row:
-        """What has come in since the last row; waits for the device. The first one has ``start_to_first_step_s``."""
+        """What has come in since the last row; waits for the device. The first one has ``start_to_first_step_s``.
+
+        All ranks call it: tokens are those of all, memory is that of the fullest, and ``mfu`` that of one device.
+        """
         loss = torch.stack(self._losses).mean().item()
         seconds = time.perf_counter() - self._since - self._paused
-        speed = self._tokens / seconds
+        everyone = gather((self._tokens, peak_memory_gib(self._device)))
+        tokens = sum(t for t, _ in everyone)
+        speed = tokens / seconds
         row: Row = {
             "step": step,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm.item(),
-            "tokens": self._tokens,
+            "tokens": tokens,
             "supervised_tokens": self._supervised,
             "tokens_per_second": speed,
-            "mfu": mfu(speed, self._flops, self._peak),
-            "peak_memory_gib": peak_memory_gib(self._device),
+            "mfu": mfu(speed / len(everyone), self._flops, self._peak),
+            "peak_memory_gib": max(gib for _, gib in everyone),
             "time_s": time.perf_counter() - self._began,
         }
         if self._is_first_row and self.start_to_first_step_s is not None:

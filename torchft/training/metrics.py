@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from torchft.files import atomic_write
+from torchft.ranks import is_main
 from torchft.training.graphs import held_bytes
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,16 @@ PEAK_FLOPS = {
 class MetricsFile:
     """Appends one JSON object per step; ``resume_step`` finished steps are kept, later and torn lines dropped. 0: none.
 
-    If the disk is full, training goes on: one warning, and the rows that failed are lost.
+    If the disk is full, training goes on: one warning, and the rows that failed are lost. Of several ranks the main one
+    writes.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        rows = [row for row in read_rows(path) if resume_step and _step(row) <= resume_step]
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.path = path
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        if is_main():
+            rows = [row for row in read_rows(path) if resume_step and _step(row) <= resume_step]
+            atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(path if is_main() else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
         self._warned = False
 
     def write(self, row: Mapping[str, float | int | str | None]) -> None:
@@ -83,7 +87,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path, *, title: str) -> None:
-    """Loss over steps as a picture: each step, their mean over 5% of the run, and ``eval_loss`` where there is one."""
+    """Loss over steps as a picture: each step, their mean over 5% of the run, and ``eval_loss`` where there is one.
+
+    Of several ranks the main one draws.
+    """
+    if not is_main():
+        return
     from matplotlib.figure import Figure  # 0.5 s, so only when a picture is due
 
     steps, losses = _points(rows, "loss")

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from torchft.errors import UserError
+from torchft.ranks import gather, local, num_copies
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +89,14 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scales the gradients to a total 2-norm of at most ``max_norm`` (None: leaves them) and returns the norm before.
 
     Norms are fp32 even if the gradients are bf16, where torch.nn.utils.clip_grad_norm_ rounds each to 8 bits. A norm
-    that is not finite scales nothing, so that ``check_finite`` can tell which gradients are at fault.
+    that is not finite scales nothing, so that ``check_finite`` can tell which gradients are at fault. All ranks call
+    it, and get the norm of the whole gradients.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
+    found = [p.grad for p in params if p.grad is not None]
+    if not found:
         return torch.zeros(())
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    grads = [local(grad) for grad in found]
+    total = total_norm(found, torch._foreach_norm(grads, 2, dtype=torch.float32))
     if max_norm is not None and max_norm < (norm := total.item()) < math.inf:
         scale = max_norm / (norm + 1e-6)
         if grads[0].is_cuda:  # one kernel, in fp32; a 0-dim tensor of another dtype would make it one by one
@@ -102,17 +107,45 @@ def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
     return total
 
 
+def total_norm(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all ``tensors`` from the ``norms`` of this rank's parts of them, fp32. All ranks call it."""
+    if not any(isinstance(t, DTensor) for t in tensors):
+        return torch.linalg.vector_norm(torch.stack(list(norms)))
+    squares = torch.stack(list(norms)).square()
+    copies = torch.tensor([num_copies(t) for t in tensors], device=squares.device)  # which the sum meets too often
+    total = (squares / copies).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
 def check_finite(
-    step: int, *, loss: Tensor | float, grad_norm: Tensor, model: nn.Module, rows: Sequence[object] = ()
+    step: int,
+    *,
+    loss: Tensor | float,
+    grad_norm: Tensor,
+    model: nn.Module,
+    rows: Sequence[object] = (),
+    own_loss: Tensor | float | None = None,
 ) -> None:
-    """Call before ``optimizer.step()``. UserError naming step, loss, norm, batch rows and the first bad parameters."""
+    """Call before ``optimizer.step()``. UserError naming step, loss, norm, batch rows and the first bad parameters.
+
+    All ranks call it with the ``loss`` and ``grad_norm`` of all, so that all stop or none, and with their ``own_loss``
+    and ``rows``: those of the ranks at fault are named.
+    """
     if torch.isfinite(torch.as_tensor(loss)).all() and torch.isfinite(grad_norm):
         return
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    parts = {n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    mine = [n for n, grad in parts.items() if not torch.isfinite(grad).all()]
+    is_mine = own_loss is not None and not math.isfinite(float(own_loss))
+    everyone = gather((mine, is_mine, [str(row) for row in rows]))
+    bad = list(dict.fromkeys(name for names, _, _ in everyone for name in names))
+    at_fault = [r for r, (_, is_theirs, _) in enumerate(everyone) if is_theirs]
     where = f"gradients of {len(bad)} parameters: {', '.join(bad[:5])}" if bad else "no parameter's gradient"
-    batch = f"; rows of this batch: {', '.join(map(str, rows))}" if rows else ""
+    read = [row for r, (_, _, theirs) in enumerate(everyone) if r in at_fault or not at_fault for row in theirs]
+    batch = f"; rows of this batch: {', '.join(read)}" if read else ""
+    whose = f" on rank {', '.join(map(str, at_fault))}" if at_fault and len(everyone) > 1 else ""
     raise UserError(
-        f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}: not finite in {where}{batch}. "
+        f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}: not finite{whose} in {where}{batch}. "
         "Stopped before the optimizer step: the weights are those of the previous step. Look at these rows, lower the "
         "learning rate, or lengthen the warm-up"
     )

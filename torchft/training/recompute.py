@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
+from torchft.ranks import gather
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
 from torchft.training.graphs import Replay
@@ -84,6 +85,7 @@ def plans(
     accumulation: int = 1,
     keep: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    shards: int = 1,
 ) -> list[Plan]:
     """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
 
@@ -96,7 +98,8 @@ def plans(
         in_backward: gradients are freed within backward, so that a batch cannot be divided.
         accumulation: batches per optimizer step.
         keep: `Plan.setting` of the run that is resumed; auto takes it again, other rows would change the last bits.
-        limit: bytes of the device that may be used; None: what is free.
+        limit: bytes of the device that may be used; None: what is free, of several ranks on the fullest.
+        shards: ranks over which the model will be sharded; ``model`` itself is whole.
 
     Raises:
         UserError: auto finds nothing that fits.
@@ -135,11 +138,12 @@ def plans(
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
                 replays = compiled and device.type == "cuda" and not away and not share and not in_backward
+                replays = replays and shards == 1
                 replays = replays and (adapters or gradients == "added")
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
                     largest=r * costs[base].largest, offload=away, optimizer_bytes=optimizer_bytes,
-                    gradients="added" if replays else gradients,
+                    gradients="added" if replays else gradients, shards=shards,
                 )  # fmt: skip
                 plan = Plan(
                     budget=budget, share=share, offload=away, rows=r, gradients=gradients, memory=memory,
@@ -153,7 +157,7 @@ def plans(
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
         return [replace(found[0], reason=f"{found[0]} ({why})")]
-    return choose(found, available=available_bytes(model, device) if limit is None else limit, keep=keep)
+    return choose(found, available=min(gather(available_bytes(model, device) if limit is None else limit)), keep=keep)
 
 
 def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | None = None) -> list[Plan]:

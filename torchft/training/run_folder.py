@@ -27,9 +27,11 @@ from omegaconf import OmegaConf
 
 from torchft.errors import UserError
 from torchft.files import atomic_write, read_json
+from torchft.ranks import from_main
 from torchft.redact import redact, redact_tree
 from torchft.training import checkpoint
 from torchft.training.environment import git_commit, versions
+from torchft.training.interrupt import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(
+def open_run(output_dir: Path, config_text: str, **how: Any) -> Iterator[Run]:
+    """All ranks: `opened` by the main rank, and known to all. Same arguments."""
+    with contextlib.ExitStack() as stack:
+        yield from_main(lambda: stack.enter_context(opened(output_dir, config_text, **how)))
+
+
+@contextlib.contextmanager
+def opened(
     output_dir: Path,
     config_text: str,
     *,
@@ -99,6 +108,9 @@ def open_run(
         try:
             yield Run(path=path, id=record["id"], is_new=is_new, config_changed=changed)
             start["status"] = "finished"
+        except Stopped:
+            start["status"] = "stopped"
+            raise
         except BaseException as e:
             start["status"] = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
             start["error"] = redact(f"{type(e).__name__}: {e}")[:2000]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchft.errors import UserError
+from torchft.ranks import local, region
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROW = 1024  # values: tensors made of such rows share a faster kernel
@@ -56,7 +57,11 @@ class AdamWStochastic(Optimizer):
         super().__init__(params, defaults)
         every = [p for group in self.param_groups for p in group["params"]]
         starts = accumulate((p.numel() for p in every), initial=0)  # of each parameter's elements among all
-        self.starts = {p: torch.tensor(_signed(start), dtype=torch.int32) for p, start in zip(every, starts)}
+        # This rank's first element of each: so that a sharded parameter is rounded as a whole one.
+        firsts = (
+            start + sum(s.start * step for s, step in zip(region(p), p.stride())) for p, start in zip(every, starts)
+        )
+        self.starts = {p: torch.tensor(_signed(first), dtype=torch.int32) for p, first in zip(every, firsts)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,7 +78,7 @@ class AdamWStochastic(Optimizer):
                 if not state:
                     state["step"] = 0
                     for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros(p.shape, dtype=self.state_dtype, device=p.device)
+                        state[key] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.contiguous_format)
                 state["step"] += 1
                 if state["step"] not in known:
                     known[state["step"]] = scalars(group, state["step"])
@@ -82,7 +87,8 @@ class AdamWStochastic(Optimizer):
 
     def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], given: dict[str, Tensor]) -> None:
         """One parameter's step. ``given``: `scalars`."""
-        adamw(p, grad, state["exp_avg"], state["exp_avg_sq"], self.starts[p], given)
+        moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        adamw(local(p), local(grad), *moments, self.starts[p], given)
 
 
 def scalars(group: dict[str, Any], step: int) -> dict[str, Tensor]:

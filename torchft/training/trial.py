@@ -15,50 +15,15 @@ from torch import Tensor
 from torchft.errors import UserError
 from torchft.files import cache_folder, keep_in_cache, read_json
 from torchft.modules.decoder import Decoder
+from torchft.ranks import num_ranks
 from torchft.training.block_cost import case
 from torchft.training.graphs import held_bytes
 from torchft.training.memory import GIB
-from torchft.training.recompute import FITS, Plan, apply_plan, available_bytes, does_not_fit, plans
+from torchft.training.recompute import FITS, Plan, apply_plan, available_bytes, does_not_fit
 
 log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (tokens, labels, positions), each [b, s] -> loss
-
-
-def fit(
-    model: Decoder,
-    step: Step,
-    *,
-    recompute: str | float,
-    offload: float,
-    compiled: bool,
-    rows: int,
-    seq_len: int,
-    packed: bool,
-    device: torch.device,
-    optimizer_bytes: int | None = None,
-    in_backward: bool = False,
-    accumulation: int = 1,
-    keep: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Make ``model`` run as the config says, or as fast as fits: `plans`, of which `settle` takes the first that runs.
-
-    ``keep`` is the setting of the run that is resumed: it is used again if it still runs. Raises UserError if nothing
-    fits.
-    """
-    found = plans(
-        model, recompute=recompute, offload=offload, compiled=compiled, rows=rows, seq_len=seq_len, packed=packed,
-        device=device, optimizer_bytes=optimizer_bytes, in_backward=in_backward, accumulation=accumulation, keep=keep,
-    )  # fmt: skip
-    plan = settle(model, found, step, seq_len=seq_len, packed=packed, device=device)
-    if keep is not None and plan.setting != keep:
-        log.warning(
-            "this run began with %s and goes on with %s, because the config, the device or its free memory is another: "
-            "the same gradients, but for the rounding of sums in another order",
-            keep,
-            plan.setting,
-        )
-    return plan
 
 
 def settle(
@@ -70,18 +35,43 @@ def settle(
     packed: bool,
     device: torch.device,
     limit: int | None = None,
+    keep: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Apply the first plan of ``found`` whose full micro-step really runs, which also compiles what training will need.
 
     ``step`` gives the loss of a micro-step. It gets random tokens, all trained on, while a block of memory stands in
     for the optimizer's states. Weights, gradients and random states are left as they were. Call it before there are
     hooks that step in backward. On CPUs the first plan is applied untried, and so is one that an earlier run tried, of
-    the same model on the same kind of device, if there is memory for what it took then.
+    the same model on the same kind of device, if there is memory for what it took then; and on several ranks, where one
+    that runs out of memory would leave the others waiting.
+
+    ``keep``: the setting of the run that is resumed; that it cannot be kept is said.
 
     Raises:
         UserError: no plan runs within the device's memory, or below ``limit`` bytes.
     """
-    if device.type != "cuda":
+    plan = _first_that_runs(model, found, step, seq_len=seq_len, packed=packed, device=device, limit=limit)
+    if keep is not None and plan.setting != keep:
+        log.warning(
+            "this run began with %s and goes on with %s, because the config, the device or its free memory is another: "
+            "the same gradients, but for the rounding of sums in another order",
+            keep,
+            plan.setting,
+        )
+    return plan
+
+
+def _first_that_runs(
+    model: Decoder,
+    found: Sequence[Plan],
+    step: Step,
+    *,
+    seq_len: int,
+    packed: bool,
+    device: torch.device,
+    limit: int | None,
+) -> Plan:
+    if device.type != "cuda" or num_ranks() > 1:
         apply_plan(model, found[0])
         return found[0]
     for plan in found:

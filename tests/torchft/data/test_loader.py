@@ -216,3 +216,33 @@ def test_packed_gradients_equal_padded_and_a_missing_document_mask_shows(monkeyp
     monkeypatch.setattr(decoder, "visible", lambda x, head_dim, sight, *_: masks.visible(x, head_dim, sight))
     leaky = gradients(model, Loader(samples, batch_size=2, seed=3, packed=True))
     assert (leaky - padded).norm() / padded.norm() > 0.1
+
+
+@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_share_the_batches_of_one(kind, num_ranks, one_shape):
+    """Rows, order and position are those of one process with larger batches; nobody runs out before others."""
+    samples = make(RAGGED)
+    alone = Loader(samples, batch_size=2 * num_ranks, seed=3, one_shape=one_shape, **kind)
+    how = {"batch_size": 2, "seed": 3, "num_ranks": num_ranks, "one_shape": one_shape, **kind}
+    together = [Loader(samples, rank=r, **how) for r in range(num_ranks)]
+    assert {len(loader) for loader in together} == {len(alone)}
+    for _ in range(2 * len(alone)):
+        (want,), parts = alone.take(1), [loader.take(1)[0] for loader in together]
+        assert sum((part.samples for part in parts), ()) == want.samples
+        assert sum(part.num_supervised for part in parts) == want.num_supervised
+        assert {part.all_supervised for part in parts} == {want.num_supervised} == {want.all_supervised}
+        assert [loader.state_dict() for loader in together] == [alone.state_dict()] * num_ranks
+        rows = [row[row != samples.pad_id].tolist() for part in parts for row in part.tokens if row.any()]
+        assert rows == [row[row != samples.pad_id].tolist() for row in want.tokens if row.any()]
+        for part in parts:
+            assert part.tokens.shape[0] >= 1 and (part.samples or (part.labels == N).all())
+            assert part.num_supervised == (part.labels != N).sum()
+
+
+def test_an_epoch_may_end_between_ranks():
+    samples = make([10] * 5)
+    loaders = [Loader(samples, batch_size=2, seed=0, rank=r, num_ranks=2) for r in range(2)]
+    for loader, sizes in zip(loaders, ([2, 1], [2, 0])):
+        assert [len(batch.samples) for batch in loader] == sizes

@@ -113,11 +113,11 @@ def test_an_exception_in_the_thread_reaches_the_consumer_at_its_batch(monkeypatc
     expected = plain.take(4)
     collate, calls = Loader._collate, []
 
-    def breaks(self, rows):
+    def breaks(self, rows, **how):
         calls.append(rows)
         if len(calls) == 3:
             raise ZeroDivisionError("in the thread")
-        return collate(self, rows)
+        return collate(self, rows, **how)
 
     monkeypatch.setattr(Loader, "_collate", breaks)
     same(*ahead.take(1), expected[0])
@@ -133,9 +133,9 @@ def test_an_exception_in_the_thread_reaches_the_consumer_at_its_batch(monkeypatc
 def test_batches_are_made_while_the_consumer_works(monkeypatch):
     collate = Loader._collate
 
-    def slow(self, rows):
+    def slow(self, rows, **how):
         time.sleep(0.02)
-        return collate(self, rows)
+        return collate(self, rows, **how)
 
     monkeypatch.setattr(Loader, "_collate", slow)
     ahead = Prefetch(loader(), "cpu", depth=2)

@@ -16,7 +16,7 @@ from torchft.training.compile import compiled
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
 from torchft.training.recompute import apply_plan, plans
-from torchft.training.trial import fit, out_of_memory_explained, settle
+from torchft.training.trial import out_of_memory_explained, settle
 
 CUDA = torch.device("cuda", 0)
 SEQ = 1024
@@ -112,11 +112,11 @@ def test_cpus_need_no_trial():
 
 def test_another_plan_than_the_resumed_run_began_with_is_said(caplog):
     model, device = model_on("cpu"), torch.device("cpu")
-    given = {"recompute": "full", "offload": False, "compiled": False, "rows": 4, "seq_len": SEQ, "packed": False}
-    plan = fit(model, None, **given, device=device)
-    fit(model, None, **given, device=device, keep=plan.setting)
+    found, how = found_for(model, device, recompute="full"), {"seq_len": SEQ, "packed": False, "device": device}
+    setting = settle(model, found, None, **how).setting
+    settle(model, found, None, **how, keep=setting)
     assert not caplog.text
-    fit(model, None, **given, device=device, keep=plan.setting | {"rows": 2})
+    settle(model, found, None, **how, keep=setting | {"rows": 2})
     assert "this run began with" in caplog.text and "rounding" in caplog.text
 
 
