@@ -1,0 +1,117 @@
+"""The parallel section, norms of sharded gradients, and errors that all ranks share."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from torchft import ranks
+from torchft.errors import UserError
+from torchft.training import distributed
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, degrees
+from torchft.training.in_backward import InBackward
+from torchft.training.optim import check_finite, clip_grad_norm
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "want"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 6, (1, 6)),
+        ({"replicate": 2}, 8, (2, 4)),
+        ({"replicate": 2, "shard": 3}, 6, (2, 3)),
+        ({"replicate": 4}, 4, (4, 1)),
+    ],
+)
+def test_degrees(given, size, want):
+    assert degrees(ParallelConfig(**given), size) == want
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [({"shard": 2}, 1), ({"shard": 3}, 4), ({"replicate": 3}, 4), ({"replicate": 2}, 1)]
+)
+def test_c10_a_product_that_is_not_the_number_of_processes(given, size):
+    with pytest.raises(UserError, match=f"parallel: replicate .* but there are {size} processes"):
+        degrees(ParallelConfig(**given), size)
+
+
+def test_one_process_needs_no_group():
+    with distributed.init(ParallelConfig(), device="cpu") as world:
+        assert (world.rank, world.size, world.shards, world.mesh) == (0, 1, 1, None)
+        assert not dist.is_initialized() and "CPU" in str(world)
+        value = torch.ones(3)
+        assert world.sum(value) is value
+
+
+def test_x9_variables_of_torchrun_are_missing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match=r"rank 0 cannot reach the others .*MASTER_ADDR=None"),
+        distributed.init(ParallelConfig(), device="cpu"),
+    ):
+        pass
+
+
+def model_and_grads():
+    """A small model of odd sizes with known gradients, the same in all ranks' eyes; sharded if there are several."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
+    wanted = [torch.randn_like(p) for p in model.parameters()]
+    return model, wanted
+
+
+def norms(given):
+    with distributed.init(ParallelConfig(**given), device="cpu") as world:
+        model, wanted = model_and_grads()
+        for layer in model:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        for p, grad in zip(model.parameters(), wanted):
+            p.grad = torch.zeros_like(p)
+            ranks.copy_part(p.grad, grad)
+        found = {"norm": clip_grad_norm(list(model.parameters()), 0.5).item()}
+        found["clipped"] = [ranks.whole(p.grad) for p in model.parameters()]
+        seen = [p.grad.to_local().clone() for p in model.parameters()]
+        model.zero_grad()
+        in_backward = InBackward(torch.optim.SGD(model.parameters(), lr=0.0), model)
+        model(torch.ones(2, 5)).sum().backward()
+        found["in_backward"] = in_backward.finish(1, loss=0.0).item()
+        found["sum"] = world.sum(torch.tensor(float(world.rank))).item()
+        for p, part in zip(model.parameters(), seen):
+            p.grad = torch.zeros_like(p)
+            p.grad.to_local().copy_(part)
+        if world.rank == 1:
+            next(iter(model.parameters())).grad.to_local().fill_(math.nan)
+        norm = clip_grad_norm(list(model.parameters()), None)
+        own = torch.tensor(math.nan if world.rank == 1 else 1.0)
+        with pytest.raises(UserError) as stop:
+            check_finite(4, loss=world.sum(own), grad_norm=norm, model=model, rows=[f"row {world.rank}"], own_loss=own)
+        found["error"] = str(stop.value)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [({}, 2), ({}, 4), ({"replicate": 2}, 4), ({"replicate": 2, "shard": 1}, 2)]
+)
+def test_norms_are_those_of_whole_gradients(given, size):
+    model, wanted = model_and_grads()
+    norm = torch.cat([grad.flatten().double() for grad in wanted]).norm().item()
+    model(torch.ones(2, 5)).sum().backward()
+    plain = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm().item()
+    for found in run_ranks(norms, size, given):
+        assert found["norm"] == pytest.approx(norm, rel=1e-6)
+        assert found["in_backward"] == pytest.approx(plain, rel=1e-6)
+        assert found["sum"] == sum(range(size))
+        for got, grad in zip(found["clipped"], wanted, strict=True):
+            torch.testing.assert_close(got, grad * (0.5 / norm), rtol=1e-5, atol=1e-7)
+
+
+def test_x6_what_is_not_finite_on_one_rank_stops_all_and_names_it():
+    first, second = run_ranks(norms, 2, {})
+    assert first["error"] == second["error"]
+    assert "step 4" in first["error"] and "not finite on rank 1" in first["error"]
+    assert "row 1" in first["error"] and "row 0" not in first["error"] and "0.weight" in first["error"]
