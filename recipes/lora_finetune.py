@@ -33,11 +33,10 @@ from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
 from torchft.data.summary import Summary, summarise
-from torchft.files import new_folder
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
-from torchft.ranks import from_main, is_main, main_first
+from torchft.ranks import from_main, is_main, main_first, new_folder
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer

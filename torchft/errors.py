@@ -5,11 +5,12 @@ class UserError(ValueError):
     """A user's mistake, shown without a traceback; the command line exits with code 2.
 
     Each problem says what is wrong, where (path, YAML key or file:line), why, and the way out. All problems at once.
+    ``is_shared``: every rank raises the same, so that one need say it.
     """
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, is_shared: bool = False) -> None:
         super().__init__(*problems)
-        self.problems = problems
+        self.problems, self.is_shared = problems, is_shared
 
     def __str__(self) -> str:
         if len(self.problems) == 1:

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from torchft.errors import UserError
-from torchft.ranks import is_main
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +91,8 @@ def keep_in_cache(path: Path, data: str) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` (replacing an older one) when the block ends without an error.
 
-    For one process at a time: what a killed one left of ``folder`` is cleared away first. Of several ranks that come
-    here together the main one makes it; the others get its name, and write nothing.
+    For one process at a time: what a killed one left of ``folder`` is cleared away first.
     """
-    if not is_main():
-        yield _partial(folder.resolve())
-        return
     folder = folder.resolve()  # of a link, what it points to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)

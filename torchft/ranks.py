@@ -5,8 +5,10 @@ part of it. Functions that say "all ranks" must be called by all of them, in the
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchft import files
 from torchft.errors import UserError
 
 T = TypeVar("T")
@@ -42,14 +45,26 @@ def barrier() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """All ranks: the main one goes through the block before the others, which then find what it has cached."""
+    """All ranks: the main one goes through the block before the others, which then find what it has cached.
+
+    If it raises a UserError, so do the others, without the block.
+    """
     if not is_main():
-        barrier()
+        from_main(lambda: None)
+        yield
+        return
     try:
         yield
-    finally:
-        if is_main():
-            barrier()
+    except UserError as e:
+        from_main(partial(_raise, e))
+    from_main(lambda: None)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """All ranks: `files.new_folder` by the main one; the others get the name, and write nothing."""
+    with files.new_folder(folder) if is_main() else nullcontext(folder) as new:
+        yield new
 
 
 def gather(value: T) -> list[T]:
@@ -67,13 +82,11 @@ def from_main(function: Callable[[], T]) -> T:
         try:
             result[0] = function()
         except UserError as e:
-            if num_ranks() == 1:
-                raise
             result[1] = e.problems
     if num_ranks() > 1:
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
-        raise UserError(*result[1])
+        raise UserError(*result[1], is_shared=True)
     return result[0]
 
 
@@ -83,7 +96,7 @@ def agree(error: BaseException | None) -> None:
     if error is not None:
         raise error
     if found:
-        raise UserError(*(f"rank {r}: {text}" for r, text in found))
+        raise UserError(*(f"rank {r}: {text}" for r, text in found), is_shared=True)
 
 
 def region(t: Tensor) -> Region:
@@ -124,3 +137,7 @@ def whole(t: Tensor) -> Tensor:
 def copy_part(t: Tensor, values: Tensor) -> None:
     """Copies this rank's part of ``values``, which are whole, into ``t``."""
     local(t).copy_(values[region(t)])
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,8 +58,11 @@ def exit_on_user_error(*, debug: bool) -> Iterator[None]:
     except UserError as e:
         if debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
-        rank = f"[rank {os.environ.get('RANK', 0)}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(redact(f"{rank}error: {e}"), file=sys.stderr, flush=True)
+        rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+        if e.is_shared and rank != "0":
+            time.sleep(60)  # rank 0 says it; when it exits, torchrun ends this process
+        else:
+            print(redact(f"{'' if alone or e.is_shared else f'[rank {rank}] '}error: {e}"), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

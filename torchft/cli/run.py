@@ -10,7 +10,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -101,9 +100,8 @@ def start(main: Callable[[C], None], config: type[C], *, recipe: str) -> None:
                 registry.trust(package)
             file = shipped.find_config(given.config) if given.config else None
             loaded = load(config, recipe=recipe, file=file, overrides=given.words)
-        except UserError:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(60)  # local rank 0 says the same; when it exits, torchrun ends this process
+        except UserError as e:
+            e.is_shared = True
             raise
         main(loaded)
 
@@ -137,8 +135,11 @@ def _torchrun(options: list[str], command: list[str]) -> None:
     if not any(option.startswith("--nproc-per-node=") for option in options):
         devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
         options = [*options, f"--nproc-per-node={devices}"]
+    given = {option.partition("=")[0] for option in options}
+    if "--rdzv-endpoint" in given and "--rdzv-backend" not in given:
+        options = [*options, "--rdzv-backend=c10d"]  # the one that reads it; torchrun's default does not
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # said below, once
-    if not any(option.startswith("--signals-to-handle=") for option in options):
+    if "--signals-to-handle" not in given:
         # torchrun would give its processes 30 s from the signal; ours end by themselves, when the step is saved.
         options = [*options, "--signals-to-handle=SIGHUP,SIGQUIT"]
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -110,6 +110,7 @@ def degrees(config: ParallelConfig, size: int) -> tuple[int, int]:
         whole = f"replicate {config.replicate} x shard {shard} = {config.replicate * shard}"
         raise UserError(
             f"parallel: {whole}, but there are {size} processes: start as many as the product "
-            "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is"
+            "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is",
+            is_shared=True,
         )
     return config.replicate, shard

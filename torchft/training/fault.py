@@ -2,7 +2,8 @@
 
 Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int (signals), raise, enospc,
 eio, hang, exit (with code 0, as if done).
-``*`` stands for any rank or step. Without the variable a point costs one look into the environment.
+``*`` stands for any rank or step. A job that torchrun has restarted has no faults any more, so that it can recover.
+Without the variable a point costs one look into the environment.
 """
 
 import errno
@@ -15,7 +16,7 @@ VARIABLE = "TORCHFT_FAULT"
 
 def point(name: str, *, step: int, rank: int = 0) -> None:
     """Fails here if TORCHFT_FAULT names this point, rank and step."""
-    if not (wanted := os.environ.get(VARIABLE)):
+    if not (wanted := os.environ.get(VARIABLE)) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     where, action, at_rank, at_step = wanted.split(":")
     if where != name or at_rank not in ("*", str(rank)) or at_step not in ("*", str(step)):

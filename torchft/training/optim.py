@@ -147,7 +147,8 @@ def check_finite(
     raise UserError(
         f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}: not finite{whose} in {where}{batch}. "
         "Stopped before the optimizer step: the weights are those of the previous step. Look at these rows, lower the "
-        "learning rate, or lengthen the warm-up"
+        "learning rate, or lengthen the warm-up",
+        is_shared=True,
     )
 
 

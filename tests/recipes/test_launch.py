@@ -1,0 +1,139 @@
+"""Launched as users do: several processes, several nodes (here on one machine), signals, and a rank that dies."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_runs import rows
+
+from torchft.cli import run
+from torchft.training.metrics import read_rows
+
+ROOT = Path(__file__).parents[2]
+STEPS = ["max_steps=8", "epochs=20", "batch_size=1", "save_every=2", "export=[adapter]"]
+
+
+def launch(*words, fault=None, **how):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_FAULT": fault or "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import sys; from torchft.cli.main import main; sys.exit(main())", "run"]
+    return subprocess.Popen(
+        [*command, "lora_finetune", *map(str, words)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
+
+
+def ended(process, timeout=180):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def words(settings, tmp_path):
+    return ["--config", settings, f"output_dir={tmp_path / 'run'}", *STEPS]
+
+
+def statuses(folder):
+    return [start["status"] for start in json.loads((folder / "run.json").read_text())["starts"]]
+
+
+def test_two_nodes_and_one_screen(words, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint", endpoint, "--local-addr=127.0.0.1"]
+    results = [ended(process) for process in [launch(*nodes, *words, "parallel.replicate=2") for _ in range(2)]]
+    assert [code for code, _, _ in results] == [0, 0], results
+    panels = [out.count("Done") for _, out, _ in results]
+    assert sorted(panels) == [0, 1], "one rank speaks"
+    assert len(rows(tmp_path / "run")) == 8
+    assert (tmp_path / "run" / "export" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_x7_sigterm_to_the_launcher_saves_and_exits_0(words, tmp_path):
+    process = launch("--nproc-per-node=2", *words, "max_steps=100000", "epochs=100000", "save_every=100000")
+    deadline = time.monotonic() + 120
+    while not read_rows(tmp_path / "run" / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = ended(process, timeout=60)
+    assert code == 0, (out, err)
+    (step,) = (int(p.name[5:]) for p in (tmp_path / "run").glob("step_*"))
+    assert f"Stopped after step {step}" in out and rows(tmp_path / "run")[-1]["step"] == step
+    assert statuses(tmp_path / "run") == ["stopped"] and "Traceback" not in err
+
+
+def test_x1_a_rank_that_dies_is_named_and_a_restart_goes_on(words, tmp_path):
+    code, _, err = ended(launch("--nproc-per-node=2", *words, fault="before_step:kill:1:5"))
+    assert code == 1 and err.rstrip().splitlines()[-1] == "error: rank 1 was killed by SIGKILL (exit code -9)"
+    assert rows(tmp_path / "run")[-1]["step"] == 5
+    again = [*words[:2], f"output_dir={tmp_path / 'again'}", *STEPS]
+    code, out, err = ended(launch("--nproc-per-node=2", "--max-restarts=1", *again, fault="before_step:kill:1:5"))
+    assert code == 0 and "going on after step 4" in out, (out, err)
+    whole, _, err = ended(launch("--nproc-per-node=2", *words))  # the first run goes on too
+    assert whole == 0, err
+    assert rows(tmp_path / "run") == rows(tmp_path / "again")
+    assert [row["step"] for row in rows(tmp_path / "again")] == list(range(1, 9))
+
+
+def test_c10_x12_mistakes_are_told_once(words, tmp_path):
+    code, _, err = ended(launch("--nproc-per-node=2", *words, "parallel.shard=3"))
+    assert code == 2 and err.count("parallel: replicate 1 x shard 3 = 3, but there are 2 processes") == 1, err
+    code, _, err = ended(launch("--nproc-per-node=2", *words, "dataset.source=nowhere.jsonl"))
+    assert code == 2 and err.count("nowhere.jsonl") == 1, err
+    assert "Traceback" not in err and not list((tmp_path / "run").glob("step_*"))
+
+
+def test_the_slurm_script():
+    script = ROOT / "docs" / "cluster" / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    sbatch = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.M))
+    assert sbatch["ntasks-per-node"] == "1" and re.fullmatch(r"TERM@\d+", sbatch["signal"])
+    line = text[text.index("srun tune run") :].replace("\\\n", " ")
+    values = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "head_node": "node1"}
+    for name, value in values.items():
+        line = line.replace(f"${name}", value)
+    check_command(shlex.split(line.replace('"$@"', "lora_finetune --config demo/lora"))[3:])
+
+
+def test_the_kubernetes_job():
+    job = yaml.safe_load((ROOT / "docs" / "cluster" / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert container["name"] == "pytorch"  # the operator looks for this name
+    command = container["command"]
+    assert command[:2] == ["tune", "run"] and f"--nnodes={worker['replicas']}" in command
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in worker["template"]["spec"]["volumes"]}
+    check_command([word.replace("/data/my.yaml", "demo/lora") for word in command[2:]])
+
+
+def check_command(words):
+    """That ``tune run`` takes the words, and what torchrun would be asked for."""
+    from torch.distributed.run import get_args_parser
+
+    asked = {}
+    before, run._torchrun = run._torchrun, lambda options, command: asked.update(options=options, command=command)
+    try:
+        run.main(words)
+    finally:
+        run._torchrun = before
+    parsed = get_args_parser().parse_args([*asked["options"], *asked["command"]])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 3)
+    assert Path(parsed.training_script).name == "lora_finetune.py" and "parallel.replicate=2" in asked["command"]
