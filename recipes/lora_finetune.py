@@ -40,7 +40,7 @@ from torchft.ranks import from_main, is_main, main_first, new_folder
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
-from torchft.training import checkpoint, distributed, fault
+from torchft.training import checkpoint, distributed
 from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
@@ -189,7 +189,7 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
 
 
 def main(config: Config) -> None:
-    with distributed.init(config.parallel, device=config.device) as world:
+    with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
         set_seed(config.seed)
         about = {"recipe": "lora_finetune", "checkpoint_dir": config.checkpoint_dir, "device": str(world)}
         with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
@@ -285,7 +285,7 @@ def train(config: Config, run: Run, world: World) -> None:
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
             supervised = sum(batch.all_supervised for batch in window)  # of all ranks
-            fault.point("before_step", step=step, rank=world.rank)
+            world.begin_step(step)
             lr = float(optimizer.param_groups[0]["lr"])
 
             own_loss = torch.zeros((), device=world.device)

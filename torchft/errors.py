@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that are shown without a traceback."""
 
 
 class UserError(ValueError):
@@ -16,3 +16,7 @@ class UserError(ValueError):
         if len(self.problems) == 1:
             return self.problems[0]
         return f"{len(self.problems)} problems\n" + "\n".join(f"  - {p}" for p in self.problems)
+
+
+class LostContact(RuntimeError):
+    """Another rank died or hangs: no traceback of this one would tell more. Exit code 3, which the launcher knows."""

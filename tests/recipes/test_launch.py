@@ -89,6 +89,31 @@ def test_x1_a_rank_that_dies_is_named_and_a_restart_goes_on(words, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "again")] == list(range(1, 9))
 
 
+def test_x3_a_rank_that_hangs_is_named_within_the_timeout(words, tmp_path):
+    began = time.monotonic()
+    process = launch(
+        "--nproc-per-node=2", *words, "parallel.timeout_s=10", "save_every=100", fault="before_step:hang:1:3"
+    )
+    code, _, err = ended(process, timeout=90)
+    last = err.rstrip().splitlines()[-1]
+    assert code == 1 and "no answer from rank 1 (in step 4)" in last and "rank 0 waited" in last, err
+    assert "Traceback" not in err and time.monotonic() - began < 75
+    assert rows(tmp_path / "run")[-1]["step"] == 3
+    assert [p.name for p in sorted((tmp_path / "run" / "debug").iterdir())] == [
+        "stacks_rank_00000.txt",
+        "stacks_rank_00001.txt",
+    ]
+    assert "fault.py" in (tmp_path / "run" / "debug" / "stacks_rank_00001.txt").read_text()
+
+
+def test_x4_a_rank_that_leaves_early_is_named(words, tmp_path):
+    code, _, err = ended(
+        launch("--nproc-per-node=2", *words, "save_every=100", fault="before_step:exit:1:3"), timeout=90
+    )
+    assert code == 1 and "no answer from rank 1 (in step 4)" in err.rstrip().splitlines()[-1], err
+    assert "Traceback" not in err
+
+
 def test_c10_x12_mistakes_are_told_once(words, tmp_path):
     code, _, err = ended(launch("--nproc-per-node=2", *words, "parallel.shard=3"))
     assert code == 2 and err.count("parallel: replicate 1 x shard 3 = 3, but there are 2 processes") == 1, err

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torchft.errors import UserError
+from torchft.errors import LostContact, UserError
 from torchft.names import nearest
 from torchft.redact import redact
 
@@ -67,6 +67,11 @@ def exit_on_user_error(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except LostContact as e:
+        if debug:
+            print(redact(traceback.format_exc()), file=sys.stderr)
+        print(redact(f"error: {e}"), file=sys.stderr, flush=True)
+        sys.exit(3)
 
 
 def _help() -> str:

@@ -151,8 +151,8 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         if _passed_on and failure.exitcode == -_passed_on[0]:
             print(f"\n{signal.Signals(_passed_on[0]).name}: stopped all processes", file=sys.stderr)
             sys.exit(128 + _passed_on[0])
-        if failure.exitcode in (2, 130):  # the process has said why
-            sys.exit(failure.exitcode)
+        if failure.exitcode in (2, 3, 130):  # the process has said why
+            sys.exit(1 if failure.exitcode == 3 else failure.exitcode)
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else "failed; its error is above"
         print(f"error: rank {rank} {how} (exit code {failure.exitcode})", file=sys.stderr)
         sys.exit(1)

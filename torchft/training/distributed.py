@@ -1,6 +1,6 @@
 """The `parallel:` section, and the process group and device mesh that it asks for.
 
-    with distributed.init(config.parallel, device=config.device) as world:
+    with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
         ...
         if world.mesh:
             for layer in model.layers:
@@ -9,11 +9,13 @@
 torchrun starts the processes and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -23,8 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from torchft.config import Range
-from torchft.errors import UserError
+from torchft.errors import LostContact, UserError
+from torchft.training import fault
 from torchft.training.environment import device_name, pick_device
+from torchft.training.watch import Watch
 
 # Parameters are gathered in their own dtype, so that a sharded model computes what an unsharded one does; only sums of
 # gradients over ranks are wider.
@@ -50,6 +54,13 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None  # what `fully_shard` takes; None: one process, and nothing is sharded
     shards: int = 1  # ranks that share one copy of the model
+    watch: Watch | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Where step ``step`` (finished ones before it) begins: what messages name when a rank is lost."""
+        if self.watch is not None:
+            self.watch.begin_step(step)
+        fault.point("before_step", step=step, rank=self.rank)
 
     def __str__(self) -> str:
         """For people: "NVIDIA H200", "8 x NVIDIA H200, sharded", "16 x NVIDIA H200, 2 copies sharded over 8"."""
@@ -73,8 +84,12 @@ class World:
 
 
 @contextmanager
-def init(config: ParallelConfig, *, device: str = "auto") -> Iterator[World]:
-    """The process group of this run, until the block ends. UserError if ``config`` does not fit the processes."""
+def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None = None) -> Iterator[World]:
+    """The process group of this run, until the block ends. UserError if ``config`` does not fit the processes.
+
+    A rank that dies or does not answer for ``timeout_s`` ends the block with LostContact on the others. What each rank
+    was doing then, and what NCCL had under way, is written to ``debug_dir``.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     replicate, shard = degrees(config, size)
     own = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
@@ -83,9 +98,15 @@ def init(config: ParallelConfig, *, device: str = "auto") -> Iterator[World]:
         return
     backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}.get(own.type)
     if backend is None:
-        raise UserError(f"device: several processes run on CUDA GPUs or CPUs, not on {own.type}")
+        raise UserError(f"device: several processes run on CUDA GPUs or CPUs, not on {own.type}", is_shared=True)
     if own.type == "cuda":
         torch.cuda.set_device(own)
+    if rank:
+        logging.getLogger("torchft").setLevel(logging.ERROR)  # the main rank says what all would say
+    if debug_dir is not None:  # https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(debug_dir / "nccl_rank_"))
     timeout = timedelta(seconds=config.timeout_s)
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=own if own.type == "cuda" else None)
@@ -95,12 +116,18 @@ def init(config: ParallelConfig, *, device: str = "auto") -> Iterator[World]:
             f"rank {rank} cannot reach the others ({where}): {str(e).splitlines()[0]}. Start with `tune run` or "
             "torchrun, on each node with the same --rdzv-endpoint, of a host and port that all nodes can reach"
         ) from None
+    mesh = init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    fsdp = mesh if replicate > 1 else mesh["shard"]  # FSDP2 takes two dimensions for HSDP
+    watch = Watch(timeout_s=config.timeout_s, debug_dir=debug_dir)
     try:
-        mesh = init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        fsdp = mesh if replicate > 1 else mesh["shard"]  # FSDP2 takes two dimensions for HSDP
-        yield World(device=own, rank=rank, size=size, mesh=fsdp, shards=shard)
+        yield World(device=own, rank=rank, size=size, mesh=fsdp, shards=shard, watch=watch)
+    except RuntimeError as e:
+        if watch.is_lost_contact(e):
+            raise LostContact(watch.report(e)) from e
+        raise
     finally:
-        dist.destroy_process_group()
+        watch.close()
+    dist.destroy_process_group()  # after an error it might wait for ranks that never come; the process ends anyway
 
 
 def degrees(config: ParallelConfig, size: int) -> tuple[int, int]:
