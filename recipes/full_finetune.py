@@ -41,12 +41,13 @@ from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.guard import Guard, GuardConfig
 from torchft.training.in_backward import InBackward
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
-from torchft.training.optim import check_finite, clip_grad_norm, param_groups, warn_if_frozen
+from torchft.training.optim import clip_grad_norm, param_groups, warn_if_frozen
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
@@ -101,6 +102,7 @@ class Config:
     )
     optimizer_in_backward: bool = False  # step each weight as its gradient comes, and free it: saves all gradients
     clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what happens when a step is not finite or the loss leaps
     seed: Annotated[int, Range(min=0)] = 0
 
     # Reports and checkpoints
@@ -120,6 +122,8 @@ class Config:
             yield "optimizer_in_backward: gradients are freed at once, so set gradient_accumulation_steps: 1"
         if self.optimizer_in_backward and self.clip_grad_norm is not None:
             yield "optimizer_in_backward: the total norm comes too late for clipping, so set clip_grad_norm: null"
+        if self.optimizer_in_backward and self.guard.not_finite == "skip":
+            yield "guard.not_finite: with optimizer_in_backward a step is taken before it is known: only stop"
 
 
 def build_model(config: Config, device: torch.device) -> Decoder:
@@ -267,6 +271,7 @@ def train(config: Config, run: Run, world: World) -> None:
     if saved:
         load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
 
+    guard = Guard(config.guard)
     in_backward = InBackward(optimizer, model) if config.optimizer_in_backward else None
     with (
         Steps(console, total_steps, start=step) as progress,
@@ -293,8 +298,8 @@ def train(config: Config, run: Run, world: World) -> None:
                 grad_norm = in_backward.finish(step + 1, loss=loss, rows=rows)
             else:
                 grad_norm = clip_grad_norm(params, config.clip_grad_norm)
-                check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss)
-                optimizer.step()
+                if guard.allows(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss):
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             schedule.step()
             step += 1
@@ -306,6 +311,7 @@ def train(config: Config, run: Run, world: World) -> None:
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
                         row["eval_loss"] = evaluate(model, eval_loader, world)

@@ -45,11 +45,12 @@ from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
-from torchft.training.optim import check_finite, clip_grad_norm, param_groups
+from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
@@ -104,6 +105,7 @@ class Config:
         "torchft.training.schedules.cosine", {"warmup_share": 0.03}
     )
     clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what happens when a step is not finite or the loss leaps
     seed: Annotated[int, Range(min=0)] = 0
 
     # Reports and checkpoints
@@ -268,6 +270,7 @@ def train(config: Config, run: Run, world: World) -> None:
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     params = [p for p in model.parameters() if p.requires_grad]
+    guard = Guard(config.guard)
     before: list[Answer] = []
     if exam and step == 0:
         before = answer_all(model, tokenizer, questions, exam)
@@ -298,8 +301,8 @@ def train(config: Config, run: Run, world: World) -> None:
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)
             rows = (loader.samples.where(i) for batch in window for i in batch.samples)
-            check_finite(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss)
-            optimizer.step()
+            if guard.allows(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss):
+                optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -311,6 +314,7 @@ def train(config: Config, run: Run, world: World) -> None:
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
                         row["eval_loss"] = evaluate(model, eval_loader, world)

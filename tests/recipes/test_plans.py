@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 from letters import turns, write_jsonl
-from recipe_runs import conversations, digests, interrupted, losses, rows
+from recipe_runs import conversations, digests, interrupted, largest_difference, losses, rows, weights
 
 from torchft.errors import UserError
 from torchft.training import recompute
 from torchft.training.interrupt import Stopped
+from torchft.training.metrics import read_rows
+from torchft.training.shards import TensorFolder
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -100,3 +102,29 @@ def test_a_signal_in_the_last_step_changes_nothing(run, tmp_path, monkeypatch, n
     last = rows(run(tmp_path / "whole"))[-1]["step"] - 1
     monkeypatch.setenv("TORCHFT_FAULT", f"before_step:term:0:{last}")
     assert (run(tmp_path / "run") / "export").exists()
+
+
+def test_n1_a_step_that_is_not_finite_leaves_no_trace(run, tmp_path, monkeypatch, no_picture):
+    """One NaN among the micro-steps of the second step: left out as a whole, counted, and all goes on."""
+    recipe, calls = run.args[0], []
+    nll_sum = recipe.nll_sum
+
+    def poisoned(*args, **given):
+        calls.append(1)
+        return nll_sum(*args, **given) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(recipe, "nll_sum", poisoned)
+    with pytest.raises(UserError, match=r"step 2: loss nan.*not finite"):
+        run(tmp_path / "stops")
+    calls.clear()
+    found = run(tmp_path / "skips", "guard.not_finite=skip", "save_every=1", "keep_last=9", "max_steps=3")
+    steps = [
+        {name: TensorFolder(found / f"step_{i:06}" / "model").read(name) for name in weights(found)} for i in (1, 2)
+    ]
+    assert largest_difference(*steps) == 0
+    assert losses_or_null(found)[1] is None and all(loss is not None for loss in losses_or_null(found)[::2])
+    assert [row.get("skipped_steps") for row in read_rows(found / "metrics.jsonl")] == [None, 1, 1]
+
+
+def losses_or_null(folder):
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl")]
