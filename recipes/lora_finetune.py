@@ -52,6 +52,7 @@ from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
@@ -114,6 +115,7 @@ class Config:
     save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
     keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out loss
     resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    profile: ProfileConfig | None = None  # what the devices do in a few steps, as files; `profile: {}`
     metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
         field(default_factory=list)
     )
@@ -284,6 +286,7 @@ def train(config: Config, run: Run, world: World) -> None:
         closing(loader),
         out_of_memory_explained(plan),
         Interruptible() as stop,
+        profiled(config.profile, run.path / "profile") as end_of_step,
     ):
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
@@ -307,6 +310,7 @@ def train(config: Config, run: Run, world: World) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
+            end_of_step()
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
