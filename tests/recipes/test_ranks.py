@@ -1,46 +1,133 @@
 """Recipes on several ranks: the steps, weights and exports of one process with the same global batch."""
 
+import shutil
+
 import pytest
-import torch
+import tiny
 from processes import run_ranks
-from recipe_runs import largest_difference, load_recipe, losses, rows, train, weights
+from recipe_runs import digests, largest_difference, load_recipe, losses, newest_step, rows, train, weights
 from safetensors.torch import load_file
 
 ADAM = "optimizer={_component_: torch.optim.AdamW, lr: 1e-3, weight_decay: 0.1}"
-STEPS = [
-    "max_steps=20",
-    "epochs=20",
-    "clip_grad_norm=0.5",
-    ADAM,
-    "save_every=10",
-]  # 20 steps; the last of an epoch has one row
+# 20 steps of 4 rows; without packing the last one of an epoch has a single row, so that ranks have none
+STEPS = ["max_steps=20", "epochs=20", "clip_grad_norm=0.5", "gradient_accumulation_steps=1", ADAM]
+STOCHASTIC = "optimizer={_component_: torchft.training.stochastic.AdamWStochastic, lr: 1e-3, state_dtype: fp32}"
 
 
 def part(recipe, settings, output_dir, overrides):
-    torch.distributed.set_debug_level(torch.distributed.DebugLevel.OFF)
     train(load_recipe(recipe), settings, output_dir, *overrides)
 
 
-def together(size, recipe, settings, output_dir, *overrides):
-    run_ranks(part, size, recipe, settings, output_dir, overrides)
+def together(size, recipe, settings, output_dir, *overrides, env=None):
+    """The run of ``size`` ranks that has 4 rows a step in all."""
+    run_ranks(part, size, recipe, settings, output_dir, [*overrides, f"batch_size={4 // size}"], env=env)
     return output_dir
 
 
-def same_run(ours, alone):
-    assert len(losses(ours)) == len(losses(alone)) == 20
+def same_run(ours, alone, steps=20):
+    assert len(losses(ours)) == len(losses(alone)) == steps
     assert (losses(ours) - losses(alone)).abs().max() <= 1e-5
     for row, want in zip(rows(ours), rows(alone), strict=True):
         assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
         assert (row["lr"], row["supervised_tokens"]) == (want["lr"], want["supervised_tokens"])
+        assert row.get("eval_loss") == pytest.approx(want.get("eval_loss"), rel=1e-5)
     assert largest_difference(weights(ours), weights(alone)) < 1e-4
     exported = [load_file(run / "export" / "model.safetensors") for run in (ours, alone)]
     assert largest_difference(*exported) < 1e-4
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("packed", [False, True])
-def test_full_fine_tuning_is_that_of_one_process(full, settings, tmp_path, no_picture, size, packed):
-    options = [*STEPS, f"packed={packed}"]
-    alone = full(tmp_path / "alone", *options, "batch_size=4", "gradient_accumulation_steps=1")
-    more = [f"batch_size={4 // size}", "gradient_accumulation_steps=1"]
-    same_run(together(size, "full_finetune", settings, tmp_path / "together", *options, *more), alone)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, ["packed=true"]),
+        (4, ["packed=false"]),
+        (4, ["packed=false", "parallel.replicate=2", "gradient_accumulation_steps=2", "max_steps=10"]),
+        (2, ["recompute=full", STOCHASTIC]),
+        (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
+    ],
+)
+def test_full_fine_tuning_is_that_of_one_process(full, settings, data, tmp_path, no_picture, size, options):
+    options = [*STEPS, f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {data}}}", *options]
+    alone = full(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
+    ours = together(size, "full_finetune", settings, tmp_path / "together", *options)
+    same_run(ours, alone, steps=len(losses(alone)))
+    assert not any(path.name.startswith(".step") for path in ours.iterdir())
+
+
+@pytest.fixture(scope="session")
+def wide(base, tmp_path_factory):
+    """As ``base``, wide enough that half of a weight's rows are whole groups of NF4; embeddings tied."""
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    shutil.copytree(base, folder)
+    sizes = {"vocab_size": 1217, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "std": 0.1}
+    tiny.checkpoint(folder, **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, ["packed=true"]),
+        (4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"]),
+        (2, ["nf4={}", "packed=true"]),
+        (2, ["fp8={}"]),
+    ],
+)
+def test_lora_is_that_of_one_process(lora, settings, wide, tmp_path, no_picture, size, options):
+    options = [*STEPS, f"checkpoint_dir={wide}", *options]
+    alone = lora(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
+    ours = together(size, "lora_finetune", settings, tmp_path / "together", *options)
+    same_run(ours, alone)
+    adapters = [load_file(run / "export" / "adapter" / "adapter_model.safetensors") for run in (ours, alone)]
+    assert largest_difference(*adapters) < 1e-4
+
+
+def test_compiled_blocks_on_ranks(lora, settings, wide, tmp_path, no_picture, monkeypatch):
+    options = [
+        *STEPS,
+        "max_steps=4",
+        f"checkpoint_dir={wide}",
+        "compile=true",
+        "recompute=0.3",
+        "packed=true",
+        "seq_len=64",
+    ]
+    alone = lora(tmp_path / "alone", *options, "batch_size=4", "compile=false", "recompute=none")
+    ours = together(2, "lora_finetune", settings, tmp_path / "together", *options)
+    same_run(ours, alone, steps=4)
+
+
+@pytest.mark.parametrize("recipe", ["full_finetune", "lora_finetune"])
+def test_resume_on_as_many_ranks_is_bit_exact_and_on_others_the_same_run(
+    full, lora, settings, tmp_path, no_picture, recipe
+):
+    options = [*STEPS, "max_steps=10", "packed=true", "save_every=3"]
+    if recipe == "lora_finetune":
+        options.append("lora.dropout=0.0")
+    whole = together(2, recipe, settings, tmp_path / "whole", *options)
+    for size in (2, 1, 4):
+        folder = tmp_path / f"by_{size}"
+        with pytest.raises(AssertionError, match="injected fault|closed|reset|ended with exit code"):
+            together(2, recipe, settings, folder, *options, env={"TORCHFT_FAULT": "before_step:raise:*:7"})
+        assert newest_step(folder).name == "step_000006"
+        ours = together(size, recipe, settings, folder, *options)
+        same_run(ours, whole, steps=10)
+        if size == 2:
+            assert rows(ours) == rows(whole)
+            assert {k: v for k, v in digests(ours).items() if "tokens" not in k} == digests(whole)
+
+
+def test_dropout_is_another_on_each_rank_and_resumes_bit_exactly(settings, tmp_path, no_picture):
+    options = [*STEPS, "max_steps=6", "save_every=2", "lora.dropout=0.3"]
+    whole = together(2, "lora_finetune", settings, tmp_path / "whole", *options)
+    with pytest.raises(AssertionError):
+        together(
+            2, "lora_finetune", settings, tmp_path / "parts", *options, env={"TORCHFT_FAULT": "before_step:raise:*:3"}
+        )
+    parts = together(2, "lora_finetune", settings, tmp_path / "parts", *options)
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+def test_what_does_not_divide_is_refused_before_loading(settings, base, tmp_path):
+    with pytest.raises(AssertionError, match=r"UserError: .*nf4.targets"):
+        together(2, "lora_finetune", settings, tmp_path / "run", f"checkpoint_dir={base}", "nf4={}")
