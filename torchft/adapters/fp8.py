@@ -138,6 +138,10 @@ class FP8Weight(QuantisedWeight):
     def values(self) -> Tensor:
         return (self.codes.float() * self.scale[:, None]).to(self.dtype)
 
+    @property
+    def group(self) -> int:
+        return self.shape[1]
+
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return fp8_linear(input, weight, bias)

@@ -1,7 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685), rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
 (https://arxiv.org/abs/2402.09353) by surgery on the finished model; numbers as in PEFT.
 
-Order: build on meta, cast to the base dtype, ``apply_nf4``, ``apply_lora``, ``to_empty``, load, ``init_adapters``.
+Order: build on meta, cast to the base dtype, ``apply_nf4``, ``apply_lora``, ``fully_shard``, ``to_empty``, load,
+``init_adapters``.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_linears
 from torchft.config import Range
+from torchft.ranks import copy_part, local, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +98,25 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def init_adapter(self, generator: torch.Generator | None = None) -> None:
-        """A uniform in +-1/sqrt(in), B zero, lengths those of the loaded rows: the layer still computes what it did."""
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.lora_b)
+        """A uniform in +-1/sqrt(in), B zero, lengths those of the loaded rows: the layer still computes what it did.
+
+        All ranks call it, with generators (None: torch's own) in one state, and get parts of what one process would.
+        """
+        a = torch.empty(self.lora_a.shape, device=self.lora_a.device, dtype=self.lora_a.dtype)
+        copy_part(self.lora_a, nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
+        local(self.lora_b).zero_()
         if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(_lengths(self._rows()))
+            copy_part(self.lora_magnitude, _lengths(self._rows()))
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The one weight [out, in] that does what the layer does: fp32 arithmetic, cast once to ``dtype`` (None: the
         base's). An NF4 base is dequantised first, so the merged weight carries the quantisation error it trained with.
+        All ranks call it; each gets all of the weight.
         """
         rows = self._rows()
         if self.lora_magnitude is not None:
-            rows = rows * (self.lora_magnitude / _lengths(rows)).unsqueeze(1)
+            rows = rows * (whole(self.lora_magnitude) / _lengths(rows)).unsqueeze(1)
         return rows.to(dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -118,9 +125,12 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def _rows(self) -> Tensor:
-        """W + scaling * B A, [out, in] fp32, outside the autograd graph (DoRA paper, section 4.3)."""
-        update = self.lora_b.to(torch.float32) @ self.lora_a.to(torch.float32)
-        return self.weight.to(torch.float32) + self.scaling * update
+        """W + scaling * B A, [out, in] fp32, outside the autograd graph (DoRA paper, section 4.3).
+
+        All of it: of a sharded layer outside of forward, all ranks call it.
+        """
+        update = whole(self.lora_b).to(torch.float32) @ whole(self.lora_a).to(torch.float32)
+        return whole(self.weight).to(torch.float32) + self.scaling * update
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -149,7 +159,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype = tor
 
 
 def init_adapters(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise every adapter, in the model's order. DoRA reads the base weights: call it after they are loaded."""
+    """Initialise every adapter, in the model's order. DoRA reads the base weights: call it after they are loaded.
+
+    All ranks call it.
+    """
     for layer in lora_layers(model).values():
         layer.init_adapter(generator)
 
@@ -181,13 +194,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Parameter ``name`` of ``model`` with its adapter merged in and NF4 dequantised, in ``dtype`` (None: its own).
 
-    The model is not changed. A tensor that needs no work is the model's own: read it, do not write it.
+    The model is not changed. A tensor that needs no work is the model's own: read it, do not write it. All ranks call
+    it; of a sharded model each gets all of the tensor.
     """
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(module, LoRALinear) and child == "weight":
         return module.merged_weight(dtype)
-    parameter = model.get_parameter(name).detach()
+    parameter = whole(model.get_parameter(name))
     return parameter.to(dtype or parameter.dtype)
 
 

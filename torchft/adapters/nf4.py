@@ -4,6 +4,7 @@ Contract with the loader: none. An ``NF4Weight`` has the shape and dtype of the 
 ``param.copy_(full)`` quantises, ``.to(dtype)`` dequantises. Compiled or not, only the 4 bits are kept for backward.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,24 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
     return list(layers)
 
 
+def check_shards(model: nn.Module, num_shards: int) -> None:
+    """Raises UserError if an NF4 layer of ``model`` cannot be cut into ``num_shards`` parts. Call it before FSDP.
+
+    FSDP gives each rank ceil(out / ranks) rows, the last ones what is left; a part must hold whole groups.
+    """
+    weights = {n.removesuffix(".weight"): w for n, w in model.named_parameters() if isinstance(w, NF4Weight)}
+    rows = {name: math.ceil(weight.shape[0] / num_shards) for name, weight in weights.items()}
+    problems = [
+        f"nf4: {name} has {weight.shape[0]} x {weight.shape[1]} weights; each of {num_shards} ranks would hold "
+        f"{rows[name]} rows = {rows[name] * weight.shape[1]}, not a multiple of {nf4.GROUP} as NF4 needs: leave it out "
+        "of nf4.targets, or set parallel.shard to another number"
+        for name, weight in weights.items()
+        if rows[name] * weight.shape[1] % nf4.GROUP and num_shards > 1
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def quantise(weight: Tensor) -> "NF4Weight":
     """[out, in] -> the same in NF4, on its device; out * in must be a multiple of 16384."""
     packed = weight.new_empty(weight.numel() // nf4.GROUP, nf4.GROUP_BYTES, dtype=torch.uint8)
@@ -71,6 +90,10 @@ class NF4Weight(QuantisedWeight):
 
     def values(self) -> Tensor:
         return dequantise(self, tag=0)
+
+    @property
+    def group(self) -> int:
+        return nf4.GROUP
 
     @staticmethod
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

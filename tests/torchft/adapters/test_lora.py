@@ -15,9 +15,12 @@ from peft_oracle import (
     peft_model,
     their_parameters,
 )
+from processes import run_ranks
 from tiny import llama, tokens
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from torchft import ranks
 from torchft.adapters.lora import (
     LoRAConfig,
     adapters_off,
@@ -27,7 +30,9 @@ from torchft.adapters.lora import (
     merged_tensor,
     num_parameters,
 )
+from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.errors import UserError
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, init
 
 TOKENS = tokens(length=9)
 NOISE = 5e-5  # of logits: with these adapters PEFT's are 4e-5 from what they are in fp64, ours 2e-5
@@ -236,3 +241,49 @@ def test_compiled_equals_eager_without_graph_breaks(kind):
     for eager, same in zip(*results, strict=True):
         torch.testing.assert_close(same, eager, rtol=0, atol=0)
     assert not torch.equal(results[1][0], results[1][1])
+
+
+CASES = [(nf4, dora) for nf4 in (False, True) for dora in (False, True)]
+
+
+def two_layers(*, nf4, dora, mesh=None):
+    """Fresh adapters on a loaded base, whole, and the merged parameters once the adapters do something.
+
+    Their 5 rows of A and the 20 rows of the second base are no multiple of 3 ranks.
+    """
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 384), nn.SiLU(), nn.Linear(384, 20)).to(torch.bfloat16)
+    if nf4:
+        apply_nf4(model, NF4Config(targets=["0"]))
+    apply_lora(model, LoRAConfig(rank=5, alpha=9.0, targets=[".*"], dora=dora))
+    if mesh:
+        fully_shard(model, mesh=mesh, mp_policy=SUM_IN_FP32)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        ranks.copy_part(parameter, values * float("nan") if ".lora_" in name else values)
+    init_adapters(model, generator)
+    names = [name for name, _ in model.named_parameters() if ".lora_" not in name]
+    found = {name: ranks.whole(parameter).clone() for name, parameter in adapter_parameters(model).items()}
+    for name, parameter in adapter_parameters(model).items():
+        ranks.copy_part(parameter, found[name] + 0.3 * torch.rand(parameter.shape, generator=generator))
+    found |= {f"merged {name}": merged_tensor(model, name) for name in names}
+    return found | {f"merged {name} in fp32": merged_tensor(model, name, torch.float32) for name in names}
+
+
+def two_layers_on_ranks():
+    with init(ParallelConfig(), device="cpu") as world:
+        return {case: two_layers(nf4=case[0], dora=case[1], mesh=world.mesh) for case in CASES}
+
+
+def test_adapters_of_a_sharded_model_begin_and_merge_as_in_one_process():
+    for by_case in run_ranks(two_layers_on_ranks, 3):
+        for nf4, dora in CASES:
+            expected = two_layers(nf4=nf4, dora=dora)
+            assert by_case[nf4, dora].keys() == expected.keys()
+            assert len(expected) == 4 + 2 * dora + 8
+            for name, tensor in by_case[nf4, dora].items():
+                assert type(tensor) is torch.Tensor
+                assert tensor.dtype == expected[name].dtype
+                assert torch.equal(tensor, expected[name]), (name, nf4, dora)
