@@ -54,7 +54,7 @@ from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.state import check_savable, load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import rounds_stochastically
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
@@ -140,7 +140,7 @@ def load_model(config: Config, model: Decoder, world: World) -> None:
     if world.mesh:
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
     model.to_empty(device=world.device)
     if config.from_scratch:
         init_weights(model)
@@ -217,6 +217,7 @@ def train(config: Config, run: Run, world: World) -> None:
     )
     load_model(config, model, world)
     optimizer = config.optimizer.build(param_groups(model))
+    check_savable(optimizer)
     plan = settle(
         model,
         found,
@@ -236,7 +237,7 @@ def train(config: Config, run: Run, world: World) -> None:
     if saved:
         step = saved.number
         load_parameters(saved.open("model"), trainable(model))
-        load_optimizer(saved.read("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        load_optimizer(saved.open("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
@@ -271,7 +272,7 @@ def train(config: Config, run: Run, world: World) -> None:
         metrics.write({"step": 0, "exact_match": share_right(before)})
     after = before
     if saved:
-        load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
+        load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     guard = Guard(config.guard)
     in_backward = InBackward(optimizer, model) if config.optimizer_in_backward else None
@@ -334,7 +335,8 @@ def train(config: Config, run: Run, world: World) -> None:
                         "rng": rng_state(),
                         "plan": plan.setting,
                     }
-                    checkpoint.save(run.path, step, parts, run_id=run.id, score=row.get("eval_loss"))
+                    score = row.get("eval_loss")
+                    checkpoint.save(run.path, step, parts, run_id=run.id, score=score, own=("rng",))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

@@ -23,7 +23,7 @@ from torchft import hub, models, tokenizers
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_tensor, num_parameters
-from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.peft import save_peft
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
@@ -57,7 +57,14 @@ from torchft.training.recompute import plans
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.state import (
+    base_fingerprint,
+    check_savable,
+    load_optimizer,
+    load_parameters,
+    optimizer_tree,
+    trainable,
+)
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -140,15 +147,18 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     return model.train()
 
 
-def load_model(config: Config, model: Decoder, world: World) -> None:
+def load_base(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
+        check_shards(model, world.shards)
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
     model.to_empty(device=world.device)
     hub.load_weights(model, config.checkpoint_dir)
-    init_adapters(model)
+    init_adapters(model)  # the same on all ranks, of which each keeps a part
+    if world.rank:
+        set_seed(config.seed + world.rank)  # from here on ranks drop other values
 
 
 def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
@@ -224,8 +234,9 @@ def train(config: Config, run: Run, world: World) -> None:
         keep=keep,
         **shape,
     )
-    load_model(config, model, world)
+    load_base(config, model, world)
     optimizer = config.optimizer.build(param_groups(model))
+    check_savable(optimizer)
     plan = settle(
         model,
         found,
@@ -245,7 +256,7 @@ def train(config: Config, run: Run, world: World) -> None:
     if saved:
         step = saved.number
         load_parameters(saved.open("model"), trainable(model))
-        load_optimizer(saved.read("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        load_optimizer(saved.open("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
@@ -279,7 +290,7 @@ def train(config: Config, run: Run, world: World) -> None:
         metrics.write({"step": 0, "exact_match": share_right(before)})
     after = before
     if saved:
-        load_rng_state(saved.read("rng"))  # last: what stands above draws random numbers
+        load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     with (
         Steps(console, total_steps, start=step) as progress,
@@ -337,7 +348,8 @@ def train(config: Config, run: Run, world: World) -> None:
                         "rng": rng_state(),
                         "plan": plan.setting,
                     }
-                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=row.get("eval_loss"))
+                    score = row.get("eval_loss")
+                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=score, own=("rng",))
                     checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

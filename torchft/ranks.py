@@ -119,6 +119,20 @@ def num_copies(t: Tensor) -> int:
     return prod(sizes)
 
 
+def is_first_copy(t: Tensor) -> bool:
+    """Whether no rank before this one holds the same part: the one that writes it."""
+    if not isinstance(t, DTensor):
+        return is_main()
+    place = t.device_mesh.get_coordinate()
+    return place is not None and all(n == 0 for n, kind in zip(place, t.placements) if kind.is_replicate())
+
+
+def sharded_like(t: Tensor, part: Tensor) -> Tensor:
+    """This rank's ``part`` as a tensor that is sharded as ``t`` is."""
+    assert isinstance(t, DTensor)
+    return DTensor.from_local(part, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+
+
 def local(t: Tensor) -> Tensor:
     """This rank's part, of the same memory."""
     return t.to_local() if isinstance(t, DTensor) else t

@@ -30,7 +30,7 @@ def same_run(ours, alone, steps=20):
     for row, want in zip(rows(ours), rows(alone), strict=True):
         assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
         assert (row["lr"], row["supervised_tokens"]) == (want["lr"], want["supervised_tokens"])
-        assert row.get("eval_loss") == pytest.approx(want.get("eval_loss"), rel=1e-5)
+        assert row.get("eval_loss", 0.0) == pytest.approx(want.get("eval_loss", 0.0), rel=1e-5)
     assert largest_difference(weights(ours), weights(alone)) < 1e-4
     exported = [load_file(run / "export" / "model.safetensors") for run in (ours, alone)]
     assert largest_difference(*exported) < 1e-4
@@ -70,7 +70,6 @@ def wide(base, tmp_path_factory):
         (2, ["packed=true"]),
         (4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"]),
         (2, ["nf4={}", "packed=true"]),
-        (2, ["fp8={}"]),
     ],
 )
 def test_lora_is_that_of_one_process(lora, settings, wide, tmp_path, no_picture, size, options):
@@ -107,14 +106,15 @@ def test_resume_on_as_many_ranks_is_bit_exact_and_on_others_the_same_run(
     whole = together(2, recipe, settings, tmp_path / "whole", *options)
     for size in (2, 1, 4):
         folder = tmp_path / f"by_{size}"
-        with pytest.raises(AssertionError, match="injected fault|closed|reset|ended with exit code"):
+        with pytest.raises(AssertionError, match=r"injected fault|closed|reset|ended with exit code"):
             together(2, recipe, settings, folder, *options, env={"TORCHFT_FAULT": "before_step:raise:*:7"})
         assert newest_step(folder).name == "step_000006"
-        ours = together(size, recipe, settings, folder, *options)
+        accepted = [] if size == 2 else ["resume=accept_changes"]  # of batch_size, rows per rank
+        ours = together(size, recipe, settings, folder, *options, *accepted)
         same_run(ours, whole, steps=10)
         if size == 2:
             assert rows(ours) == rows(whole)
-            assert {k: v for k, v in digests(ours).items() if "tokens" not in k} == digests(whole)
+            assert digests(ours) == digests(whole)
 
 
 def test_dropout_is_another_on_each_rank_and_resumes_bit_exactly(settings, tmp_path, no_picture):
@@ -129,5 +129,5 @@ def test_dropout_is_another_on_each_rank_and_resumes_bit_exactly(settings, tmp_p
 
 
 def test_what_does_not_divide_is_refused_before_loading(settings, base, tmp_path):
-    with pytest.raises(AssertionError, match=r"UserError: .*nf4.targets"):
+    with pytest.raises(AssertionError, match=r"(?s)UserError: .*nf4.targets"):
         together(2, "lora_finetune", settings, tmp_path / "run", f"checkpoint_dir={base}", "nf4={}")

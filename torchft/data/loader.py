@@ -8,6 +8,7 @@ the position depends on how many they are.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +21,8 @@ from torchft.data.packing import pack
 from torchft.data.samples import Samples
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
+
+log = logging.getLogger(__name__)
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 
@@ -120,7 +123,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what must not change for it to mean the same: JSON values only."""
-        return {"epoch": self.epoch, "next_row": self._next_row} | self._identity()
+        return {"epoch": self.epoch, "next_row": self._next_row, "all_rows": self.all_rows} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position, bit-exact. UserError that lists every difference if the order has changed.
@@ -136,6 +139,13 @@ class Loader:
             why = "the saved position would point at other samples"
             ways = "restore the data and settings (fingerprint covers files, tokenizer, template), or start a new run"
             raise UserError(f"cannot resume the data loader: {'; '.join(differences)}. {why.capitalize()}; {ways}")
+        if (before := state.get("all_rows", self.all_rows)) != self.all_rows:
+            log.warning(
+                "a batch of all ranks had %d rows when the run was saved and has %d now: the same samples follow in the "
+                "same order, in steps of another size",
+                before,
+                self.all_rows,
+            )
         self.epoch, self._next_row, self._rows = state["epoch"], state["next_row"], None
 
     def _identity(self) -> dict[str, Any]:

@@ -1,40 +1,43 @@
 """Step folders: ``step_000100/{model,optimizer,loader,rng}/`` and ``manifest.json``, written whole or not at all.
 
-    save(run.path, step, {"model": trainable(model), "optimizer": optimizer_tree(model, optimizer), ...}, run_id=run.id)
+    parts = {"model": trainable(model), "optimizer": optimizer_tree(model, optimizer), ..., "rng": rng_state()}
+    save(run.path, step, parts, run_id=run.id, own=("rng",))
     if saved := latest(run.path, run.id):
         load_parameters(saved.open("model"), trainable(model))
+        load_rng_state(saved.read_own("rng"))
 
 Safetensors and JSON only: no pickle, no torch.save, no torch.distributed.checkpoint (whose metadata is a pickle), so
 that a checkpoint from elsewhere can't run code. A folder is written under a temporary name, synced to the disk, and
 renamed last; the manifest holds size and sha256 of every file. A step counts finished optimizer steps.
+
+Of several ranks each writes its parts of sharded tensors; the main one writes all else, and commits once all are done.
 """
 
-import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.files import clear_leftovers, new_folder, read_json, remove_folder, sha256
+from torchft.ranks import agree, from_main, gather, is_main, num_ranks, rank
 from torchft.training import fault, shards
 from torchft.training.disk import space_message
 from torchft.training.environment import TORCHFT
 from torchft.training.shards import TensorFolder
+from torchft.training.step_files import MANIFEST, own_folder, write_manifest, write_parts
 from torchft.training.tree import flatten
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
 _STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(step_\d{6,}|export)\.(partial|replaced)")  # of a killed save, prune or export
 
@@ -53,6 +56,15 @@ class Step:
     def read(self, part: str) -> Any:
         return self.open(part).tree()
 
+    def read_own(self, part: str) -> Any:
+        """This rank's own tree; None, with a warning, for a rank that the ranks which saved the step lacked."""
+        saved_by = self.manifest["ranks"]
+        if num_ranks() > saved_by:
+            log.warning(
+                "%s was saved by %d ranks: rank %d and later find no %s there", self.path, saved_by, saved_by, part
+            )
+        return self.read(f"{part}/{own_folder(rank())}") if rank() < saved_by else None
+
 
 def save(
     output_dir: Path,
@@ -62,21 +74,49 @@ def save(
     run_id: str,
     base: str | None = None,
     score: float | None = None,
+    own: Collection[str] = (),
 ) -> Path:
-    """Writes one step folder; when this returns it is on the disk. UserError if it can't, all earlier steps intact.
+    """All ranks: writes one step folder; when this returns on any, it is on the disk.
+
+    UserError on all ranks if one of them can't; all earlier steps are intact.
 
     Args:
         parts: folder name -> tree of state.
         base: fingerprint of the frozen base, if ``parts`` hold only what is trained.
         score: what "best" means, lower is better: the evaluation loss at this step.
+        own: parts that are another on each rank. All others are the same, but that tensors may be sharded.
     """
-    collected = {part: flatten(tree) for part, tree in parts.items()}  # everything below sees only these
-    try:
-        return _write(output_dir, step, collected, {"run_id": run_id, "base": base, "score": score})
-    except (OSError, SafetensorError) as e:
+    final = output_dir / f"step_{step:06d}"
+    about = {"format": FORMAT, "step": step, "ranks": num_ranks(), "run_id": run_id, "base": base, "score": score}
+
+    def failed(e: Exception) -> UserError:
         need = sum(shards.num_bytes(tensors) for _, tensors in collected.values())
+        begun = _size(output_dir / f".{final.name}.partial")  # free again soon
         what = f"step {step} could not be saved ({e}); earlier checkpoints are intact"
-        raise UserError(space_message(what, need, output_dir) + ", then run the same command to resume") from e
+        return UserError(space_message(what, need, output_dir, freed=begun) + ", then run the same command to resume")
+
+    with _agreed(failed):
+        collected = {part: flatten(tree) for part, tree in parts.items()}  # everything below sees only these
+    with ExitStack() as stack:  # the main rank's new folder, which an error removes
+        with _agreed(failed):
+            if is_main():
+                _move_aside(final, run_id)
+                made = stack.enter_context(new_folder(final))
+                for part in parts:
+                    (made / part).mkdir()
+        folder = output_dir / from_main(lambda: made.name)
+        with _agreed(failed):
+            written = write_parts(folder, step, collected, own=own)
+        by_rank = gather(written)
+        with _agreed(failed):
+            if is_main():
+                shared = {part: outcome for part, outcome in collected.items() if part not in own}
+                write_manifest(folder, about, shared, by_rank)
+            fault.point("before_commit", step=step, rank=rank())
+        with _agreed(failed):
+            stack.close()  # renames
+    fault.point("after_commit", step=step, rank=rank())
+    return final
 
 
 def steps(output_dir: Path, run_id: str) -> list[Step]:
@@ -85,13 +125,15 @@ def steps(output_dir: Path, run_id: str) -> list[Step]:
 
 
 def latest(output_dir: Path, run_id: str, *, base: str | None = None) -> Step | None:
-    """This run's newest step whose files are whole by their sha256; None if it has no steps.
+    """All ranks: this run's newest step whose files are whole by their sha256; None if it has no steps.
 
-    Damaged ones are reported and passed over. UserError if none is whole, or if it was trained on another ``base``.
+    Each rank reads its share of the files. Damaged ones are reported and passed over. UserError if none is whole, or if
+    it was trained on another ``base``.
     """
-    found, damaged = _scan(output_dir, run_id)
+    found, damaged = from_main(lambda: _scan(output_dir, run_id))
     for step in reversed(found):
-        if problems := damage(step):
+        shares = gather(damage(step, share=slice(rank(), None, num_ranks())))
+        if problems := [problem for share in shares for problem in share]:
             damaged.append(f"{step.path} is damaged: {'; '.join(problems)}")
             continue
         for problem in damaged:
@@ -99,26 +141,30 @@ def latest(output_dir: Path, run_id: str, *, base: str | None = None) -> Step | 
         if step.manifest["base"] != base:
             raise UserError(
                 f"{step.path} was trained on other base weights (fingerprint {step.manifest['base']}) than those of "
-                f"checkpoint_dir now ({base}): put them back, or choose another output_dir to start anew"
+                f"checkpoint_dir now ({base}): put them back, or choose another output_dir to start anew",
+                is_shared=True,
             )
         return step
     if damaged:
         way_out = f"no checkpoint in {output_dir} is whole: restore one, or choose another output_dir to start anew"
-        raise UserError(*damaged, way_out)
+        raise UserError(*damaged, way_out, is_shared=True)
     return None
 
 
-def damage(step: Step, *, contents: bool = True) -> list[str]:
-    """What is wrong with a step's files; sizes only, which is quick, if not ``contents``."""
+def damage(step: Step, *, contents: bool = True, share: slice = slice(None)) -> list[str]:
+    """What is wrong with a step's files, or a ``share`` of them; sizes only, which is quick, if not ``contents``."""
     problems = []
-    for name, want in step.manifest["files"].items():
+    for name, want in list(step.manifest["files"].items())[share]:
         path = step.path / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != want["size"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {want['size']}")
-        elif contents and sha256(path) != want["sha256"]:
-            problems.append(f"{name} has changed since it was written (its sha256 differs)")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != want["size"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {want['size']}")
+            elif contents and sha256(path) != want["sha256"]:
+                problems.append(f"{name} has changed since it was written (its sha256 differs)")
+        except OSError as e:
+            problems.append(f"{name} cannot be read: {e.strerror}")
     return problems
 
 
@@ -129,29 +175,35 @@ def best(found: Sequence[Step]) -> Step | None:
 
 
 def prune(output_dir: Path, run_id: str, *, newest: int, keep_last: int) -> None:
-    """Once ``newest`` is saved: deletes this run's steps but the ``keep_last`` up to ``newest``, and the best.
+    """All ranks, once ``newest`` is saved: deletes this run's steps but the ``keep_last`` up to it, and the best.
 
     Later steps stay: they are damaged ones that a resume passed over, and will be replaced in their turn.
     """
     assert keep_last >= 1
+    with _agreed(lambda e: UserError(f"{output_dir}: an earlier checkpoint could not be removed ({e})")):
+        if is_main():
+            _prune(output_dir, run_id, newest, keep_last)
+
+
+def clean(output_dir: Path) -> None:
+    """Removes what killed processes left half-done, and says how much. For the one that holds the folder's lock."""
+    freed = 0
+    for path in list(output_dir.iterdir()):
+        if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+            if match[2] == "partial":
+                freed += _size(path)
+            clear_leftovers(output_dir / match[1])
+    if freed:
+        log.warning("removed %.3g GiB of unfinished checkpoints from %s", freed / 2**30, output_dir)
+
+
+def _prune(output_dir: Path, run_id: str, newest: int, keep_last: int) -> None:
     whole = [s for s in steps(output_dir, run_id) if s.number <= newest and not damage(s, contents=False)]
     assert whole[-1].number == newest
     keep = {s.number for s in (*whole[-keep_last:], best(whole)) if s}
     for step in whole:
         if step.number not in keep:
             remove_folder(step.path)
-
-
-def clean(output_dir: Path) -> None:
-    """Removes what killed processes left half-done, and says how much. Only for the holder of the folder's lock."""
-    freed = 0
-    for path in list(output_dir.iterdir()):
-        if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
-            if match[2] == "partial":
-                freed += sum(f.lstat().st_size for f in path.rglob("*"))
-            clear_leftovers(output_dir / match[1])
-    if freed:
-        log.warning("removed %.3g GiB of unfinished checkpoints from %s", freed / 2**30, output_dir)
 
 
 def _scan(output_dir: Path, run_id: str) -> tuple[list[Step], list[str]]:
@@ -180,26 +232,31 @@ def _scan(output_dir: Path, run_id: str) -> tuple[list[Step], list[str]]:
     return sorted(found, key=lambda s: s.number), unreadable
 
 
-def _write(
-    output_dir: Path, step: int, collected: Mapping[str, tuple[Any, dict[str, Tensor]]], about: Mapping[str, Any]
-) -> Path:
-    final = output_dir / f"step_{step:06d}"
-    _move_aside(final, about["run_id"])
-    with new_folder(final) as folder:
-        for part, (structure, tensors) in collected.items():
-            shards.write(folder / part, structure, tensors)
-            fault.point("after_shard_write", step=step)
-        files = {
-            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        versions = {"torchft": TORCHFT, "torch": torch.__version__}
-        manifest = {"format": FORMAT, "step": step, **about, **versions, "files": files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        fault.point("before_commit", step=step)
-    fault.point("after_commit", step=step)
-    return final
+def _size(folder: Path) -> int:
+    """Bytes of all that lies in a folder, into which others may be writing."""
+    total = 0
+    for path, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
+
+
+@contextmanager
+def _agreed(explained: Callable[[Exception], Exception]) -> Iterator[None]:
+    """All ranks: an error of any rank in the block is raised by all, there as it is, elsewhere as a UserError.
+
+    The block must not talk to other ranks. ``explained``: what is raised for an error of files.
+    """
+    error: Exception | None = None
+    try:
+        try:
+            yield
+        except (OSError, SafetensorError) as e:
+            raise explained(e) from e
+    except Exception as e:  # raised again below
+        error = e
+    agree(error)
 
 
 def _move_aside(path: Path, run_id: str) -> None:

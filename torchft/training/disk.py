@@ -18,9 +18,9 @@ def check_space(output_dir: Path, checkpoint_bytes: int, *, copies: int) -> None
         log.warning(space_message(f"{copies} checkpoints may not fit", copies * checkpoint_bytes, output_dir))
 
 
-def space_message(what: str, need: int, path: Path) -> str:
-    """ "what: need X GiB, have Y GiB at path", and the way out; ``need`` in bytes."""
-    have = shutil.disk_usage(path).free
+def space_message(what: str, need: int, path: Path, *, freed: int = 0) -> str:
+    """ "what: need X GiB, have Y GiB at path", and the way out; ``need`` in bytes, as is what will yet be ``freed``."""
+    have = shutil.disk_usage(path).free + freed
     return (
         f"{what}: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g} GiB at {path}. "
         "Free some space, lower keep_last, or choose an output_dir on another disk"

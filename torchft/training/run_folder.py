@@ -42,6 +42,7 @@ Resume = Literal["auto", "accept_changes", "never"]
 FREE_KEYS = {
     *("output_dir", "resume", "max_steps", "epochs", "log_every", "eval_every", "save_every", "keep_last"),
     *("export", "export_dtype", "metric_loggers", "profile", "compile", "recompute", "offload_activations"),
+    *("parallel", "guard"),
 }
 _RESULTS = re.compile(r"step_\d{6,}|export")
 _OURS = re.compile(r"run\.json|config\.yaml|metrics\.jsonl|loss\.png|report\.html|" + _RESULTS.pattern)

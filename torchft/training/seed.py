@@ -37,8 +37,13 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def load_rng_state(state: dict[str, Any]) -> None:
-    """Sets the generators to a state from ``rng_state()``. Do it last: building a model or a loader draws numbers."""
+def load_rng_state(state: dict[str, Any] | None) -> None:
+    """Sets the generators to a state from ``rng_state()``; None, of a rank that had none, leaves them as they are.
+
+    Do it last: building a model or a loader draws numbers.
+    """
+    if state is None:
+        return
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])

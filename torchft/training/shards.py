@@ -1,12 +1,12 @@
 """A folder that holds one tree of state: ``rank_00000_000.safetensors`` ... and ``index.json``. Never a pickle.
 
-The index says of each tensor its dtype, its whole shape, and which slice (offset, shape) lies in which file, so that a
-tensor may be spread over the files of several ranks and is put together again whatever their number.
+Each rank writes its parts of the tensors into files of its own. The index says of each tensor its dtype, its whole
+shape, and which slice (offset, shape) lies in which file, so that it can be read, whole or in part, by any number of
+ranks.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,47 @@ from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.files import read_json, safe_join
+from torchft.ranks import Region, local, rank, region
 from torchft.training.tree import unflatten
 from torchft.weights import open_safetensors, save_tensors
 
 INDEX = "index.json"
 FILE_BYTES = 2 << 30  # a file's tensors are copied to host memory together
 
+Slices = dict[str, dict[str, Any]]  # tensor name -> {"file", "offset", "shape"} of the part that one rank has written
 
-def write(
-    folder: Path, structure: Any, tensors: Mapping[str, Tensor], *, rank: int = 0, file_bytes: int = FILE_BYTES
-) -> None:
-    """Writes the outcome of ``tree.flatten`` into a new folder."""
-    folder.mkdir()
-    entries: dict[str, Any] = {}
-    for number, names in enumerate(_split(tensors, file_bytes)):
-        file = f"rank_{rank:05d}_{number:03d}.safetensors"
+
+def write(folder: Path, tensors: Mapping[str, Tensor], *, file_bytes: int = FILE_BYTES) -> Slices:
+    """Writes this rank's parts of the tensors, but empty ones, into the folder, which exists; says where they lie."""
+    slices: Slices = {}
+    parts = {name: local(t) for name, t in tensors.items() if local(t).numel()}
+    for number, names in enumerate(_split(parts, file_bytes)):
+        file = f"rank_{rank():05d}_{number:03d}.safetensors"
         on_host = {
-            name: tensors[name].to("cpu", copy=True, memory_format=torch.contiguous_format) for name in names
+            name: parts[name].to("cpu", copy=True, memory_format=torch.contiguous_format) for name in names
         }  # copies, because safetensors refuses tensors that share memory
         save_tensors(on_host, folder / file)
-        for name, tensor in on_host.items():
-            shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            where = {"file": file, "offset": [0] * tensor.ndim, "shape": shape}
-            entries[name] = {"dtype": dtype, "shape": shape, "slices": [where]}
+        for name, part in on_host.items():
+            offset = [s.start for s in region(tensors[name])]
+            slices[name] = {"file": file, "offset": offset, "shape": list(part.shape)}
+    return slices
+
+
+def write_index(folder: Path, structure: Any, tensors: Mapping[str, Tensor], written: Sequence[Slices]) -> None:
+    """Completes a folder that holds the outcome of ``tree.flatten``. ``written``: what ``write`` said on each rank."""
+    entries = {
+        name: {
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "shape": list(t.shape),
+            "slices": [slices[name] for slices in written if name in slices],
+        }
+        for name, t in tensors.items()
+    }
     (folder / INDEX).write_text(json.dumps({"tree": structure, "tensors": entries}))
 
 
 class TensorFolder:
-    """A folder made by ``write``, read tensor by tensor, on the CPU."""
+    """A folder made by ``write`` and ``write_index``, read tensor by tensor, on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         index = read_json(folder / INDEX)
@@ -57,18 +70,28 @@ class TensorFolder:
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, self.entries[name]["dtype"])
 
-    def read(self, name: str) -> Tensor:
-        """One whole tensor, put together from its slices. UserError if they don't cover it."""
-        slices = self.entries[name]["slices"]
-        if sum(math.prod(s["shape"]) for s in slices) != math.prod(self.shape(name)):
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A region of one tensor (default: all of it), put together from the slices that it touches.
+
+        Only they are read, and of them only what lies in the region. UserError if they don't cover it.
+        """
+        if region is None:
+            region = tuple(slice(0, n) for n in self.shape(name))
+        found = torch.empty([s.stop - s.start for s in region], dtype=self.dtype(name))
+        missing = found.numel()
+        for s in self.entries[name]["slices"]:
+            held = tuple(slice(start, start + n) for start, n in zip(s["offset"], s["shape"], strict=True))
+            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(region, held, strict=True)]
+            if any(c.start >= c.stop for c in common):
+                continue
+            if held == region:
+                return self._file(s["file"]).get_tensor(name)
+            piece = self._file(s["file"]).get_slice(name)[_within(common, held)]
+            found[_within(common, region)] = piece
+            missing -= piece.numel()
+        if missing:
             raise UserError(f"{self.folder / INDEX}: the slices of {name} don't make up its shape {self.shape(name)}")
-        if len(slices) == 1:
-            return self._file(slices[0]["file"]).get_tensor(name)
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-        for s in slices:
-            region = tuple(slice(start, start + size) for start, size in zip(s["offset"], s["shape"], strict=True))
-            whole[region] = self._file(s["file"]).get_tensor(name)
-        return whole
+        return found
 
     def tree(self) -> Any:
         """The whole tree with its tensors."""
@@ -81,7 +104,7 @@ class TensorFolder:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors' elements; a checkpoint adds less than 1% to them."""
+    """Bytes of the tensors' elements, of all ranks; a checkpoint adds less than 1% to them."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -96,3 +119,8 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
         files[-1].append(name)
         size += tensor.nbytes
     return files
+
+
+def _within(inner: Sequence[slice], outer: Region) -> Region:
+    """``inner`` counted from where ``outer`` starts."""
+    return tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import UserError
+from torchft.ranks import is_sharded, local
 
 SUBCLASSES = (  # states of torchao's low-bit optimizers
     "torchao.optim.subclass_4bit.OptimState4bit",
@@ -22,14 +23,15 @@ SUBCLASSES = (  # states of torchao's low-bit optimizers
 def flatten(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """The tree as JSON values, and its tensors, not copied, by path: ``{"a": {"b": t}}`` has the tensor ``a/b``.
 
-    In the JSON a tensor is ``{"$tensor": path}``; tuples, dtypes, subclasses, dicts with odd keys are marked likewise.
+    Sharded tensors stay so, and the rest is the same on all ranks. In the JSON a tensor is ``{"$tensor": path}``;
+    tuples, dtypes, subclasses, dicts with odd keys are marked likewise.
     """
     tensors: dict[str, Tensor] = {}
 
     def encode(value: Any, path: str) -> Any:
         if value is None or type(value) in (bool, int, float, str):
             return value
-        if type(value) in (Tensor, nn.Parameter):
+        if type(value) in (Tensor, nn.Parameter) or (is_sharded(value) and type(local(value.detach())) is Tensor):
             assert path not in tensors, f"two tensors would be saved as {path!r}"
             tensors[path] = value.detach()
             return {"$tensor": path}

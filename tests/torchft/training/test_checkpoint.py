@@ -55,8 +55,9 @@ def test_round_trip_and_manifest(tmp_path):
     assert torch.equal(saved.read("model")["w"], torch.full((100,), 100.0))
     manifest = json.loads((path / "manifest.json").read_text())
     assert (
-        manifest["run_id"] == "r" and manifest["step"] == 100 and manifest["format"] == 1 and manifest["score"] == 0.5
+        manifest["run_id"] == "r" and manifest["step"] == 100 and manifest["format"] == 2 and manifest["score"] == 0.5
     )
+    assert manifest["ranks"] == 1
     files = {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if p.is_file()}
     del files["manifest.json"]
     assert {name: f["size"] for name, f in manifest["files"].items()} == files
@@ -137,6 +138,11 @@ def test_k5_full_disk(tmp_path):
         with pytest.raises(UserError, match=r"No space left on device.*need 0.00279 GiB, have 0.00\d+ GiB at"):
             save(small, 3, parts(3, 750_000), run_id="r")
         assert names(small) == ["step_000001", "step_000002"] and latest(small, "r").number == 2
+        two = {"fits": {"w": torch.ones(400_000)}, "does not": {"w": torch.ones(350_000)}}
+        with pytest.raises(
+            UserError, match=r"need 0.00279 GiB, have 0.0020\d* GiB at"
+        ):  # as after what failed is removed
+            save(small, 3, two, run_id="r")
         save(small, 3, parts(3, 250_000), run_id="r")
         assert latest(small, "r").number == 3
         with pytest.raises(UserError, match=r"a checkpoint does not fit: need 0.00931 GiB, have"):  # K6
@@ -305,19 +311,24 @@ def test_k24_words_in_the_path_mean_nothing(tmp_path):
 
 
 def test_k29_checkpoint_of_an_earlier_version_loads(tmp_path):
-    """A folder that torchft 0.1.0 wrote; when the format changes, add another and keep this one."""
-    shutil.copytree(HERE / "golden" / "format_1" / "step_000002", tmp_path / "step_000002")
+    """A folder that two ranks of torchft 0.1.0 wrote; when the format changes, add another and keep this one."""
+    shutil.copytree(HERE / "golden" / "format_2" / "step_000002", tmp_path / "step_000002")
     saved = latest(tmp_path, "golden", base="0123")
     assert saved.read("model")["layers.0.weight"].tolist() == [[1.5, -2.0], [0.25, 3.0]]
-    assert saved.read("optimizer")["groups"][0]["betas"] == (0.9, 0.95)
+    optimizer = saved.read("optimizer")
+    assert optimizer["groups"][0]["betas"] == (0.9, 0.95)
+    assert optimizer["state"]["layers.0.weight"]["exp_avg_sq"].tolist() == [[0.5, 0.25], [1.0, 2.0]]
     assert saved.read("loader") == {"epoch": 1, "row": 7}
+    assert saved.read_own("rng")["torch"].tolist() == list(range(16))
+    assert saved.read("rng/rank_00001")["torch"].tolist() == list(range(1, 17))
 
 
-def test_k29_checkpoint_of_a_later_version_says_so(tmp_path):
+@pytest.mark.parametrize(("number", "version"), [(1, "0.1.0"), (3, "9.9")])
+def test_k29_checkpoint_of_another_format_says_so(tmp_path, number, version):
     path = put(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2, "torchft": "9.9"}))
-    with pytest.raises(UserError, match=r"format 2, written by torchft 9.9; torchft .* reads format 1"):
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": number, "torchft": version}))
+    with pytest.raises(UserError, match=rf"format {number}, written by torchft {version}; torchft .* reads format 2"):
         latest(tmp_path, "r")
 
 

@@ -6,17 +6,30 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
 from torchft.errors import UserError
+from torchft.ranks import sharded_like
 from torchft.training.checkpoint import latest, save
 from torchft.training.optim import MuonWithAdamW, param_groups
 from torchft.training.schedules import attach, cosine
 from torchft.training.seed import load_rng_state, rng_state
-from torchft.training.state import base_fingerprint, load_optimizer, load_parameters, optimizer_tree, trainable
+from torchft.training.shards import TensorFolder
+from torchft.training.state import (
+    base_fingerprint,
+    check_savable,
+    load_optimizer,
+    load_parameters,
+    optimizer_tree,
+    trainable,
+)
 from torchft.training.stochastic import AdamWStochastic
+from torchft.training.tree import flatten
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +64,11 @@ OPTIMIZERS = {
 }
 
 
+def saved(folder, tree):
+    """The tree as a folder that was saved."""
+    return TensorFolder(save(folder, 1, {"optimizer": tree}, run_id="r") / "optimizer")
+
+
 def train(m, optimizer, schedule, steps):
     for step in steps:
         x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(m[0].weight)
@@ -67,7 +85,7 @@ def assert_resume_is_exact(folder, name, dtype, device):
     schedule = attach(optimizer, factor)
     train(whole, optimizer, schedule, range(4))
     parts = {"model": trainable(whole), "optimizer": optimizer_tree(whole, optimizer), "rng": rng_state()}
-    save(folder, 4, parts, run_id="r")
+    save(folder, 4, parts, run_id="r", own=["rng"])
     train(whole, optimizer, schedule, range(4, 8))
 
     resumed = model(dtype, seed=1).to(device)
@@ -76,9 +94,9 @@ def assert_resume_is_exact(folder, name, dtype, device):
     again = OPTIMIZERS[name](param_groups(resumed))
     saved = latest(folder, "r")
     load_parameters(saved.open("model"), trainable(resumed))
-    load_optimizer(saved.read("optimizer"), resumed, again)
+    load_optimizer(saved.open("optimizer"), resumed, again)
     schedule = attach(again, factor, step=saved.number)
-    load_rng_state(saved.read("rng"))  # torchao's stochastic rounding draws from it
+    load_rng_state(saved.read_own("rng"))  # torchao's stochastic rounding draws from it
     train(resumed, again, schedule, range(4, 8))
     for (n, p), q in zip(whole.named_parameters(), resumed.parameters()):
         assert torch.equal(p, q), n
@@ -97,20 +115,20 @@ def test_resumed_training_is_bit_equal_on_cuda(tmp_path, name):
     assert_resume_is_exact(tmp_path, name, torch.bfloat16, "cuda")
 
 
-def test_hyperparameters_can_stay_as_configured():
+def test_hyperparameters_can_stay_as_configured(tmp_path):
     a = model()
-    tree = optimizer_tree(a, adamw(param_groups(a), lr=0.01))
+    tree = saved(tmp_path, optimizer_tree(a, adamw(param_groups(a), lr=0.01)))
     kept, restored = adamw(param_groups(a), lr=0.5), adamw(param_groups(a), lr=0.5)
     load_optimizer(tree, a, kept, hyperparameters=False)
     load_optimizer(tree, a, restored)
     assert kept.param_groups[0]["lr"] == 0.5 and restored.param_groups[0]["lr"] == 0.01
 
 
-def test_fp32_state_of_bf16_parameters_is_not_rounded():
+def test_fp32_state_of_bf16_parameters_is_not_rounded(tmp_path):
     m = model(torch.bfloat16)
     optimizer = adamw(param_groups(m))
     state = {n: {"exp_avg": torch.full_like(p, 0.1, dtype=torch.float32)} for n, p in trainable(m).items()}
-    load_optimizer({**optimizer_tree(m, optimizer), "state": state}, m, optimizer)
+    load_optimizer(saved(tmp_path, {**optimizer_tree(m, optimizer), "state": state}), m, optimizer)
     assert optimizer.state[m[0].weight]["exp_avg"].dtype == torch.float32
 
 
@@ -123,14 +141,14 @@ def test_bf16_weights_have_bf16_adamw_states_of_the_fused_kernel():
         assert optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
 
 
-def test_a_state_that_the_optimizer_holds_is_filled_where_it_is():
+def test_a_state_that_the_optimizer_holds_is_filled_where_it_is(tmp_path):
     m = model()
     optimizer = adamw(param_groups(m))
     train(m, optimizer, attach(optimizer, cosine(total_steps=8)), range(2))
     tree = copy.deepcopy(optimizer_tree(m, optimizer))
     held = optimizer.state[m[0].weight]["exp_avg"]
     held.zero_()
-    load_optimizer(tree, m, optimizer)
+    load_optimizer(saved(tmp_path, tree), m, optimizer)
     assert optimizer.state[m[0].weight]["exp_avg"] is held
     assert torch.equal(held, tree["state"]["0.weight"]["exp_avg"]) and held.any()
 
@@ -149,17 +167,41 @@ def test_low_bit_states_are_where_they_pay_and_plain_elsewhere():
         assert type(optimizer.state[m[0].bias]["exp_avg"]) is torch.Tensor
 
 
-def test_other_optimizer_groups_are_refused():
+@pytest.fixture
+def sharded():
+    """A parameter that is sharded over the only rank there is."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.ones(64, 64), mesh, [Shard(0)]))})
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit", "adamwfp8", "rounding8bit"])
+def test_low_bit_states_of_sharded_parameters_are_refused_before_training(sharded, name):
+    with pytest.raises(UserError, match=r"AdamW\w+'s low-bit states cannot be saved by several processes.*use torch"):
+        check_savable(OPTIMIZERS[name](sharded.parameters()))
+    check_savable(OPTIMIZERS["stochastic"](sharded.parameters()))
+    check_savable(OPTIMIZERS[name](model().parameters()))
+
+
+def test_what_lies_in_a_sharded_tensor_is_looked_at(sharded):
+    state = sharded_like(sharded["w"], AdamW8bit._subclass_zeros(torch.zeros(64, 64), True, 256))
+    with pytest.raises(UserError, match=r"a/w holds a .*DTensor"):
+        flatten({"a": {"w": state}})
+    assert list(flatten({"a": {"w": sharded["w"]}})[1]) == ["a/w"]
+
+
+def test_other_optimizer_groups_are_refused(tmp_path):
     a = model()
-    tree = optimizer_tree(a, adamw(param_groups(a)))
+    tree = saved(tmp_path, optimizer_tree(a, adamw(param_groups(a))))
     with pytest.raises(UserError, match="other groups"):
         load_optimizer(tree, a, adamw([{"params": list(trainable(a).values())}]))
 
 
-def test_k19_state_of_another_optimizer_is_refused():
+def test_k19_state_of_another_optimizer_is_refused(tmp_path):
     """Even where a changed config is accepted: AdamW would fail at its first step on SGD's state, or worse not."""
     a = model()
-    tree = optimizer_tree(a, OPTIMIZERS["momentum"](param_groups(a)))
+    tree = saved(tmp_path, optimizer_tree(a, OPTIMIZERS["momentum"](param_groups(a))))
     with pytest.raises(UserError, match="holds the state of SGD, which AdamW can't take over"):
         load_optimizer(tree, a, adamw(param_groups(a)), hyperparameters=False)
 
