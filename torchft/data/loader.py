@@ -141,8 +141,8 @@ class Loader:
             raise UserError(f"cannot resume the data loader: {'; '.join(differences)}. {why.capitalize()}; {ways}")
         if (before := state.get("all_rows", self.all_rows)) != self.all_rows:
             log.warning(
-                "a batch of all ranks had %d rows when the run was saved and has %d now: the same samples follow in the "
-                "same order, in steps of another size",
+                "a batch of all ranks had %d rows when the run was saved and has %d now: the same samples follow in "
+                "the same order, in steps of another size unless gradient_accumulation_steps makes up for it",
                 before,
                 self.all_rows,
             )
