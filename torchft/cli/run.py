@@ -138,6 +138,8 @@ def _torchrun(options: list[str], command: list[str]) -> None:
     given = {option.partition("=")[0] for option in options}
     if "--rdzv-endpoint" in given and "--rdzv-backend" not in given:
         options = [*options, "--rdzv-backend=c10d"]  # the one that reads it; torchrun's default does not
+    if not given & {"--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--master-port", "--standalone"}:
+        options = [*options, "--standalone"]  # on a free port: two runs on one machine do not meet
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # said below, once
     if "--signals-to-handle" not in given:
         # torchrun would give its processes 30 s from the signal; ours end by themselves, when the step is saved.

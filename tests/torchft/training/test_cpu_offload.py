@@ -74,7 +74,7 @@ def test_resume_is_bit_exact_and_states_stay_on_the_host(tmp_path):
     again = AdamWOffloaded(param_groups(resumed), lr=1e-3)
     saved = latest(tmp_path, "r")
     load_parameters(saved.open("model"), trainable(resumed))
-    load_optimizer(saved.read("optimizer"), resumed, again)
+    load_optimizer(saved.open("optimizer"), resumed, again)
     train(resumed, again, 4, start=4)
     assert_equal(whole, resumed)
     assert all(state["exp_avg"].is_pinned() for state in again.state.values())

@@ -92,7 +92,7 @@ def test_resume_is_bit_exact_with_and_without_it(tmp_path, name):
         again = OPTIMIZERS[name](param_groups(resumed))
         saved = latest(tmp_path, "r")
         load_parameters(saved.open("model"), trainable(resumed))
-        load_optimizer(saved.read("optimizer"), resumed, again)
+        load_optimizer(saved.open("optimizer"), resumed, again)
         train(resumed, again, attach(again, factor, step=4), range(4, 8), way(again, resumed))
         for (n, p), q in zip(whole.named_parameters(), resumed.parameters()):
             assert torch.equal(p, q), n
