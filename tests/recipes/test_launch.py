@@ -156,5 +156,5 @@ def check_command(words):
     finally:
         run._torchrun = before
     parsed = get_args_parser().parse_args([*asked["options"], *asked["command"]])
-    assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 3)
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 0)
     assert Path(parsed.training_script).name == "lora_finetune.py" and "parallel.replicate=2" in asked["command"]
