@@ -38,11 +38,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """All ranks: returns when all have come. On the host: what a device still computes is not waited for."""
-    gather(None)
-
-
 @contextmanager
 def main_first() -> Iterator[None]:
     """All ranks: the main one goes through the block before the others, which then find what it has cached.

@@ -44,6 +44,7 @@ def same_run(ours, alone, steps=20):
         (4, ["packed=false", "parallel.replicate=2", "gradient_accumulation_steps=2", "max_steps=10"]),
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
+        (2, ["from_scratch=true"]),
     ],
 )
 def test_full_fine_tuning_is_that_of_one_process(full, settings, data, tmp_path, no_picture, size, options):

@@ -14,7 +14,7 @@ from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
-from torchft.ranks import copy_part, is_sharded
+from torchft.ranks import copy_part
 
 Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 WHOLE_DOCUMENT = Sight()
@@ -156,15 +156,8 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
     """Random weights for training from scratch: normal with ``std``, norms one, biases zero."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = (
-                module.weight
-            )  # of a sharded model each rank draws all, so that the number of ranks decides nothing
-            drawn = (
-                torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if is_sharded(weight) else weight
-            )
-            nn.init.normal_(drawn, std=std)
-            if drawn is not weight:
-                copy_part(weight, drawn)
+            w = module.weight  # of a sharded model each rank draws all: how many they are decides nothing
+            copy_part(w, nn.init.normal_(torch.empty(w.shape, dtype=w.dtype, device=w.device), std=std))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):

@@ -54,7 +54,8 @@ class InBackward:
         raise UserError(
             f"step {step}: loss {float(loss)}, gradient norm {float(total)}: not finite in {where}{batch}. With "
             "optimizer_in_backward the weights have already taken this step, and nothing of them is saved: look at "
-            "these rows, lower the learning rate, or lengthen the warm-up, then go on from the newest checkpoint"
+            "these rows, lower the learning rate, or lengthen the warm-up, then go on from the newest checkpoint",
+            is_shared=True,
         )
 
     def remove(self) -> None:
