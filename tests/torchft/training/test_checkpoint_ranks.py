@@ -112,15 +112,15 @@ def latest_of_damaged(folder):
     newest, other = steps(folder, "r")[-1], steps(folder, "r")[-2]
     for name in newest.manifest["files"]:
         data = (newest.path / name).read_bytes()
-        ranks.barrier()
+        dist.barrier()
         if ranks.is_main():
             (newest.path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        ranks.barrier()
+        dist.barrier()
         assert latest(folder, "r").number == other.number, name
-        ranks.barrier()
+        dist.barrier()
         if ranks.is_main():
             (newest.path / name).write_bytes(data)
-        ranks.barrier()
+        dist.barrier()
     assert latest(folder, "r") == newest
     if not ranks.is_main():  # sees a new folder later than the main rank does
         checkpoint._scan = lambda *_: ([], [])
@@ -136,7 +136,7 @@ def fail_as_two(folder, faults):
         os.environ[fault.VARIABLE] = what
         with pytest.raises((UserError, RuntimeError)) as stop:
             put(folder, number, 2)
-        ranks.barrier()
+        dist.barrier()
         found[what] = type(stop.value).__name__, str(stop.value), names(folder), latest(folder, "r").number
     del os.environ[fault.VARIABLE]
     own = folder / f"node_{ranks.rank()}"  # as if each node had a disk of its own
