@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from torchft import models
 from torchft.losses.likelihood import token_nll
 
 MAX_ABS, RELATIVE = 1e-4, 1e-5
@@ -38,15 +39,31 @@ def mean_nll(model, tokens, labels, positions=None, *, count=None):
     return nll.sum() / (count or (labels != -100).sum())
 
 
-def against_transformers(ours, theirs, tokens):
-    """Logits, loss and gradients of both models by name; a third of the labels, the first ones, is not trained on."""
+def supervised(tokens):
+    """Labels as transformers takes them; the first third is not trained on."""
     labels = tokens.clone()
     labels[:, : tokens.shape[1] // 3] = -100
+    return labels
+
+
+def in_our_names(theirs, folder, gradients):
+    """transformers' gradients as a checkpoint that our loader reads: by our names and in our shapes."""
+    with torch.no_grad():
+        weights = {name: p.clone() for name, p in theirs.named_parameters()}
+        for name, p in theirs.named_parameters():
+            p.copy_(gradients[name])
+        theirs.save_pretrained(folder)
+        for name, p in theirs.named_parameters():
+            p.copy_(weights[name])
+    return dict(models.load(folder, dtype=torch.float32).named_parameters())
+
+
+def against_transformers(ours, theirs, tokens, folder):
+    """Logits, loss and gradients of both models, by our names. ``folder`` is for transformers' gradients."""
+    labels = supervised(tokens)
     out = theirs(tokens, labels=labels)
     loss = mean_nll(ours, tokens, shifted(labels))
-    rename = ours.hub_format.names.rename
-    got = {rename(name): grad for name, grad in gradients(ours, loss).items()}
-    want = gradients(theirs, out.loss)
+    got, want = gradients(ours, loss), in_our_names(theirs, folder, gradients(theirs, out.loss))
     assert got.keys() == want.keys()
     pairs = {"logits": (ours(tokens), out.logits), "loss": (loss, out.loss)}
     return pairs | {name: (got[name], want[name]) for name in want}

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchft import models
@@ -17,6 +18,7 @@ SIZES = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "eos_token_id": 2,
+    "pad_token_id": None,  # transformers gives a padding token's embedding no gradient
 }
 
 
@@ -30,13 +32,27 @@ LLAMA3_ROPE = rope(
 )
 
 
-def llama(*, dtype=torch.float32, std=0.2, **changes):
-    """transformers' Llama with random weights, large enough that a mistake shows in every logit."""
+def random_(theirs, std=0.2):
+    """Random weights for a model of transformers, large enough that a mistake shows in every logit."""
     torch.manual_seed(0)
+    for name, p in theirs.named_parameters():
+        base = p.detach() if "norm" in name else 0.0  # some families store norms around 1, some around 0
+        p.data.copy_(base + std * torch.randn(p.shape))
+    return theirs.eval()
+
+
+def transformers_model(architectures, **changes):
+    """transformers' model of this architecture, of ``SIZES`` and with random weights."""
+    cls = getattr(transformers, architectures[0])
+    config = cls.config_class(**(SIZES | changes))
+    config._attn_implementation = "eager"
+    return random_(cls(config))
+
+
+def llama(*, dtype=torch.float32, std=0.2, **changes):
+    """transformers' Llama with random weights."""
     model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes), attn_implementation="eager"))
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=std)
-    return model.to(dtype).eval()
+    return random_(model, std).to(dtype)
 
 
 def decoder(**changes):

@@ -21,22 +21,13 @@ def generate(
     """
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty: give it at least a BOS token")
-    config, embedding = model.config, model.embed_tokens.weight
-    device, dtype = embedding.device, embedding.dtype
+    device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(lengths.max())
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    cache = KVCache(
-        config.num_layers,
-        batch_size=len(prompts),
-        num_slots=longest + max_new_tokens,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    cache = KVCache(len(model.layers), num_slots=longest + max_new_tokens)
     was_training = model.training
     model.eval()
     positions = torch.arange(longest, device=device).expand_as(tokens)

@@ -9,12 +9,22 @@ import torch
 from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
-from torchft.models import llama2, llama3
+from torchft.models import gemma2, llama2, llama3, qwen3
+from torchft.models.config_json import ConfigJson, unread
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
 
-FAMILIES: dict[str, ModuleType] = {"llama2": llama2, "llama3": llama3}  # folder names under configs/
-ARCHITECTURES: dict[str, ModuleType] = {"LlamaForCausalLM": llama3}  # config.json's word -> who reads it
+FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build``
+    "gemma2": gemma2,
+    "llama2": llama2,
+    "llama3": llama3,
+    "qwen3": qwen3,
+}
+ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
+    "Gemma2ForCausalLM": gemma2,
+    "LlamaForCausalLM": llama3,
+    "Qwen3ForCausalLM": qwen3,
+}
 
 
 def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Decoder:
@@ -38,8 +48,8 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
         json = family.to_hub(config)
     else:
         json = name_or_config_json
-        family = _family(json)
-        config = family.from_hub(json)
+        family = architecture(json)
+        config = _read(json)
     with torch.device(device):
         model: Decoder = family.build(config)
     model.hub_format = HubFormat(family.HUB, json)
@@ -58,7 +68,7 @@ def config_json(folder: Path) -> dict[str, Any]:
             "checkpoint, and `nf4` or `fp8` in the config to train on a quantised base"
         )
     try:
-        _family(json).from_hub(json)
+        _read(json)
     except UserError as e:
         raise UserError(*(f"{folder}/{problem}" for problem in e.problems)) from None  # each begins with "config.json"
     return json
@@ -67,7 +77,21 @@ def config_json(folder: Path) -> dict[str, Any]:
 def sizes(folder: Path) -> DecoderConfig:
     """The sizes that a checkpoint folder's config.json gives."""
     json = config_json(folder)
-    config: DecoderConfig = _family(json).from_hub(json)
+    return _read(json)
+
+
+def _read(json: dict[str, Any]) -> DecoderConfig:
+    """The sizes of a config.json. UserError names every field that the family does not have."""
+    fields = ConfigJson(json)
+    config: DecoderConfig = architecture(json).from_hub(fields)
+    if strange := unread(fields):
+        raise UserError(
+            *(
+                f"config.json: {path} is {value!r:.80}, which torchft does not know in this family; "
+                "remove the field if it does not change what the model computes"
+                for path, value in strange.items()
+            )
+        )
     return config
 
 
@@ -79,7 +103,8 @@ def _released(name: str) -> tuple[ModuleType, Any]:
     return module, module.CONFIGS[size]
 
 
-def _family(json: dict[str, Any]) -> ModuleType:
+def architecture(json: dict[str, Any]) -> ModuleType:
+    """The family that reads a config.json. UserError names the nearest architecture to one that none reads."""
     match json.get("architectures"):
         case [str(name)] if name in ARCHITECTURES:
             return ARCHITECTURES[name]

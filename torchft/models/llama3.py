@@ -11,7 +11,7 @@ from typing import Any
 
 from torchft.errors import UserError
 from torchft.hub import HubNames
-from torchft.models.config_json import field, heads, one_of, rope_from_hub, rope_to_hub
+from torchft.models.config_json import field, one_of, rope_from_hub, rope_to_hub, sizes, sizes_to_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.mlp import GatedMLP
@@ -65,10 +65,11 @@ HUB = HubNames(
 def block(c: DecoderConfig, i: int) -> Block:
     assert isinstance(c, LlamaConfig)
     return Block(
-        Attention(c.dim, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias),
+        Attention(c.dim, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias, out_bias=c.attention_bias),
         GatedMLP(c.dim, c.hidden_dim, bias=c.mlp_bias),
         attn_norm=RMSNorm(c.dim, c.norm_eps),
         mlp_norm=RMSNorm(c.dim, c.norm_eps),
+        rope=c.rope,
     )
 
 
@@ -79,19 +80,9 @@ def build(c: LlamaConfig) -> Decoder:
 def from_hub(json: dict[str, Any]) -> LlamaConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Llama does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
-    num_heads, num_kv_heads, head_dim = heads(json)
     return LlamaConfig(
-        vocab_size=field(json, "vocab_size", int),
-        dim=field(json, "hidden_size", int),
-        num_layers=field(json, "num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        hidden_dim=field(json, "intermediate_size", int),
-        max_seq_len=field(json, "max_position_embeddings", int, default=2048),
-        norm_eps=field(json, "rms_norm_eps", float, default=1e-6),
+        **sizes(json, context=2048),
         rope=rope_from_hub(json),
-        tie_embeddings=field(json, "tie_word_embeddings", bool, default=False),
         attention_bias=field(json, "attention_bias", bool, default=False),
         mlp_bias=field(json, "mlp_bias", bool, default=False),
     )
@@ -100,19 +91,8 @@ def from_hub(json: dict[str, Any]) -> LlamaConfig:
 def to_hub(c: LlamaConfig) -> dict[str, Any]:
     """The config.json of a model that was built from a row of ``CONFIGS``; the inverse of ``from_hub``."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": MODEL_TYPE,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.hidden_dim,
+        **sizes_to_hub(c, "LlamaForCausalLM", MODEL_TYPE),
         "hidden_act": "silu",
-        "max_position_embeddings": c.max_seq_len,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.attention_bias,
         "mlp_bias": c.mlp_bias,
         **rope_to_hub(c.rope),

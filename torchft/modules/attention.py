@@ -10,7 +10,10 @@ from torchft.modules.rope import apply_rope
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE, [b, s, d] -> [b, s, d]. ``scale``, ``soft_cap``, sinks as in ``attend``."""
+    """Causal self-attention, [b, s, d] -> [b, s, d]. ``scale``, ``soft_cap``, sinks as in ``attend``.
+
+    ``q_norm`` and ``k_norm`` act on [b, s, h, c], before RoPE. ``interleaved``: RoPE's convention, as the weights are.
+    """
 
     def __init__(
         self,
@@ -20,31 +23,42 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         bias: bool = False,
+        out_bias: bool = False,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        interleaved: bool = False,
         scale: float | None = None,
         soft_cap: float | None = None,
         has_sinks: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.scale, self.soft_cap = head_dim, scale, soft_cap
+        self.interleaved = interleaved
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if has_sinks else None
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         seen: Visible,
         cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """With a ``cache``, ``positions`` [b, s] are the slots to write."""
+        """Without cos and sin nothing rotates (NoPE). With a ``cache``, ``positions`` [b, s] are the slots to write."""
         b, s, _ = x.shape
         q, k, v = (y.view(b, s, -1, self.head_dim) for y in self.qkv(x))  # [b, s, h, c], and k heads twice
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        if cos is not None and sin is not None:
+            q, k = (apply_rope(y, cos, sin, interleaved=self.interleaved) for y in (q, k))
         if cache is not None:
             assert positions is not None
             k, v = cache.update(positions, k, v)

@@ -35,48 +35,80 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope: Rope = field(default_factory=Rope)
     tie_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()  # of each layer: the last tokens that it sees; () or None: all of them
+
+    def window(self, i: int) -> int | None:
+        """Of layer ``i``."""
+        return self.windows[i] if self.windows else None
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attn(norm(x)), then x + mlp(norm(x))."""
+    """Residual block: x + attn(norm(x)), then x + mlp(norm(x)).
+
+    With ``attn_post_norm`` and ``mlp_post_norm`` what is added is normed too (sandwich), or only that (norms None).
+    ``rope``: None for a layer without positions. ``residual_scale`` multiplies what is added (Granite).
+    """
 
     def __init__(
         self,
         attn: nn.Module,
         mlp: nn.Module,
         *,
-        attn_norm: nn.Module,
-        mlp_norm: nn.Module,
+        attn_norm: nn.Module | None,
+        mlp_norm: nn.Module | None,
+        rope: Rope | None,
+        attn_post_norm: nn.Module | None = None,
+        mlp_post_norm: nn.Module | None = None,
         sight: Sight = WHOLE_DOCUMENT,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.self_attn, self.mlp = attn, mlp
-        self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
-        self.sight = sight
+        self.attn_norm, self.attn_post_norm = attn_norm, attn_post_norm
+        self.mlp_norm, self.mlp_post_norm = mlp_norm, mlp_post_norm
+        self.rope, self.sight, self.residual_scale = rope, sight, residual_scale
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         seen: Visible,
         cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.attn_norm(x), cos, sin, seen, cache, positions)
-        return x + self.mlp(self.mlp_norm(x))
+        h = x if self.attn_norm is None else self.attn_norm(x)
+        h = self.self_attn(h, cos, sin, seen, cache, positions)
+        x = self._add(x, h if self.attn_post_norm is None else self.attn_post_norm(h))
+        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        return self._add(x, h if self.mlp_post_norm is None else self.mlp_post_norm(h))
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + update if self.residual_scale == 1.0 else x + self.residual_scale * update
 
 
 class Decoder(nn.Module):
     """tokens -> logits. Holds parameters only: positions, masks and caches are inputs, computed once per batch."""
 
-    def __init__(self, config: DecoderConfig, block: Callable[[DecoderConfig, int], Block], norm: nn.Module) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        block: Callable[[DecoderConfig, int], Block],
+        norm: nn.Module,
+        *,
+        embed_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_soft_cap: float | None = None,
+    ) -> None:
+        """Embeddings are multiplied by ``embed_scale``, logits by ``logit_scale``, then bounded: cap tanh(x / cap)."""
         super().__init__()
         self.config = config
+        self.embed_scale, self.logit_scale, self.logit_soft_cap = embed_scale, logit_scale, logit_soft_cap
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         blocks = [block(config, i) for i in range(config.num_layers)]
         self.layers = nn.ModuleList(blocks)
         self.sights = [b.sight for b in blocks]
+        self.ropes = [b.rope for b in blocks]
         self.norm = norm
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
@@ -101,6 +133,8 @@ class Decoder(nn.Module):
         128k words x 4 bytes = 16 GiB).
         """
         x = self.embed_tokens(tokens)  # [b, s, d]
+        if self.embed_scale != 1.0:
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded as Gemma was trained
         if self.replay is not None and cache is None and self.training and torch.is_grad_enabled():
             x = self.replay(x, positions, documents)
         else:
@@ -118,21 +152,27 @@ class Decoder(nn.Module):
         seen = self._visible(x, positions, documents, cache)
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        cos, sin = rope_cos_sin(self.config.rope, positions, self.config.head_dim)  # [b, s, 1, c / 2]
+        dims = [sight.head_dim or self.config.head_dim for sight in self.sights]
+        rotations = {(r, c): rope_cos_sin(r, positions, c) for r, c in set(zip(self.ropes, dims)) if r is not None}
         with self.activations:
             for i, layer in enumerate(self.layers):
-                sees = seen[self.sights[i]]
-                if cache is not None:
-                    x = layer(x, cos, sin, sees, cache.layers[i], positions)
-                elif self.training and self._recomputed(i):
-                    x = checkpoint(layer, x, cos, sin, sees, use_reentrant=False)
+                rope = self.ropes[i]
+                cos, sin = (None, None) if rope is None else rotations[rope, dims[i]]  # [b, s, 1, c / 2]
+                args = (cos, sin, seen[self.sights[i]], cache and cache.layers[i], positions)
+                if cache is None and self.training and self._recomputed(i):
+                    x = checkpoint(layer, x, *args, use_reentrant=False)
                 else:
-                    x = layer(x, cos, sin, sees)
+                    x = layer(x, *args)
         return self.norm(x)
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""
-        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        logits = F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_soft_cap is not None:
+            logits = torch.tanh(logits / self.logit_soft_cap) * self.logit_soft_cap
+        return logits
 
     def _recomputed(self, i: int) -> bool:
         """Whether block ``i`` is one of the share ``recompute``, which is spread evenly."""
@@ -148,7 +188,8 @@ class Decoder(nn.Module):
         if cache is not None:
             assert positions is not None, "a cache needs positions"
             return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
-        return {sight: visible(x, self.config.head_dim, sight, positions, documents) for sight in kinds}
+        head_dim = self.config.head_dim
+        return {sight: visible(x, sight.head_dim or head_dim, sight, positions, documents) for sight in kinds}
 
 
 @torch.no_grad()
@@ -160,5 +201,5 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
             copy_part(w, nn.init.normal_(torch.empty(w.shape, dtype=w.dtype, device=w.device), std=std))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, nn.LayerNorm)):
             module.reset_parameters()

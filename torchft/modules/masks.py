@@ -20,6 +20,7 @@ class Sight(NamedTuple):
     window: int | None = None  # last tokens, the query's own included
     chunk: int | None = None  # only tokens of the query's chunk; chunks start at positions 0, chunk, 2 chunk, ...
     soft_cap: bool = False  # scores are capped: only FlexAttention does that on a GPU
+    head_dim: int | None = None  # of queries and keys, where it is not the config's
 
 
 class Visible(NamedTuple):

@@ -12,11 +12,25 @@ class Rope:
     """Plain RoPE (https://arxiv.org/abs/2104.09864)."""
 
     base: float = 10_000.0
+    partial: float = 1.0  # share of a head's channels that rotate, the first ones
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's channels rotate."""
+        return round(self.partial * head_dim)
 
     def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
-        """Angular frequencies [c / 2] fp32, radians per position."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        return 1.0 / self.base**exponent
+        """Angular frequencies [r / 2] fp32, radians per position, for the r channels that rotate."""
+        dim = self.rotary_dim(head_dim)
+        return 1.0 / self.base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+    def angles(self, positions: Tensor, head_dim: int) -> Tensor:
+        """[b, s, r / 2] fp32 radians for ``positions`` [b, s]."""
+        return positions[..., None].float() * self.frequencies(head_dim, positions.device)
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of cos and sin, so that scores of a longer context keep their spread."""
+        return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +63,89 @@ class Llama3Rope(Rope):
         return keep * freqs + (1 - keep) * freqs / self.factor
 
 
+@dataclass(frozen=True, kw_only=True)
+class YarnRope(Rope):
+    """YaRN (https://arxiv.org/abs/2309.00071): as Llama 3's, with the ramp linear in the channel.
+
+    Channels that turn less than ``slow`` times over the old context are stretched by ``factor``, those that turn more
+    than ``fast`` times are kept.
+    """
+
+    factor: float
+    original_max_seq_len: int  # tokens
+    fast: float = 32.0
+    slow: float = 1.0
+    attention_factor: float | None = None  # None: the paper's 0.1 ln(factor) + 1
+    truncate: bool = True  # the ramp begins and ends at whole channels
+
+    def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
+        freqs = super().frequencies(head_dim, device)
+        dim = self.rotary_dim(head_dim)
+
+        def channel(turns: float) -> float:  # that turns so often
+            return dim * math.log(self.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low, high = channel(self.fast), channel(self.slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        index = torch.arange(dim // 2, dtype=torch.float32, device=device)
+        stretch = ((index - low) / (high - low or 0.001)).clamp(0, 1)
+        return (1 - stretch) * freqs + stretch * freqs / self.factor
+
+    @property
+    def amplitude(self) -> float:
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope(Rope):
+    """LongRoPE (https://arxiv.org/abs/2402.13753): a factor per frequency, one list for documents up to the old
+    context and one for longer ones."""
+
+    short_factors: tuple[float, ...]  # of each pair of channels
+    long_factors: tuple[float, ...]
+    original_max_seq_len: int  # tokens
+    attention_factor: float
+
+    def angles(self, positions: Tensor, head_dim: int) -> Tensor:
+        freqs = self.frequencies(head_dim, positions.device)
+        short, long = (freqs / _constant(factors, freqs) for factors in (self.short_factors, self.long_factors))
+        is_long = _document_lengths(positions) > self.original_max_seq_len  # [b, s]
+        return positions[..., None].float() * torch.where(is_long[..., None], long, short)
+
+    @property
+    def amplitude(self) -> float:
+        return self.attention_factor
+
+
 def rope_cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [b, s, 1, c / 2] fp32, for ``positions`` [b, s]."""
-    angles = positions[..., None].float() * rope.frequencies(head_dim, positions.device)
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+    """cos and sin, each [b, s, 1, r / 2] fp32, for ``positions`` [b, s] and the r channels that rotate."""
+    angles = rope.angles(positions, head_dim)[:, :, None]
+    if rope.amplitude == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last dimension of x [b, s, h, c], in fp32 (the Hub's convention)."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the first r channels of x [b, s, h, c] by cos and sin [b, s, 1, r / 2], in fp32.
+
+    Channel i goes with i + r / 2 (the Hub's convention), or with its neighbour if ``interleaved``.
+    """
+    dim = 2 * cos.shape[-1]
+    x1, x2 = x[..., :dim].float().unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
+    pairs = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    rotated = (torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)).type_as(x)
+    return rotated if dim == x.shape[-1] else torch.cat((rotated, x[..., dim:]), dim=-1)
+
+
+def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """[n], made on the device: a copy from the host could not be recorded in a CUDA graph."""
+    return torch.cat([like.new_full((1,), value) for value in values])
+
+
+def _document_lengths(positions: Tensor) -> Tensor:
+    """Tokens of each token's document, [b, s], for ``positions`` [b, s] that restart at 0 with each; no sync."""
+    ids = (positions == 0).cumsum(1)
+    longest = torch.zeros_like(positions[:, :1]).expand(-1, positions.shape[1] + 1)
+    return longest.scatter_reduce(1, ids, positions + 1, "amax").gather(1, ids)

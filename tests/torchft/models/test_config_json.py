@@ -104,6 +104,19 @@ def test_error_names_the_file(tmp_path, changes, message):
     assert str(tmp_path) in str(error.value)
 
 
+STRANGE = {
+    "num_experts": (8, "num_experts is 8"),
+    "rope_scaling": ({"rope_type": "linear", "factor": 2.0, "beta": 3}, "rope_scaling.beta is 3"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_field_that_may_change_the_maths_is_refused(name):
+    value, message = STRANGE[name]
+    with pytest.raises(UserError, match=message):
+        models.build(GOOD | {name: value})
+
+
 def test_no_such_model():
     with pytest.raises(UserError, match=r"no model 'llama3/Llama-3.2-1b'.*did you mean 'llama3/Llama-3.2-1B'"):
         models.build("llama3/Llama-3.2-1b")

@@ -98,9 +98,7 @@ def test_window_is_mistrals(window):
 def test_cache_equals_one_forward(window):
     model = decoder() if window is None else windowed(window)
     batch = tokens(2, 12)
-    cache = KVCache(
-        2, batch_size=2, num_slots=15, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=torch.device("cpu")
-    )
+    cache = KVCache(2, num_slots=15)
     steps = [(0, 5), (5, 6), (6, 9), (9, 12)]
     with torch.no_grad():
         logits = [model(batch[:, a:b], torch.arange(a, b).expand(2, -1), cache=cache) for a, b in steps]

@@ -1,0 +1,5 @@
+"""The tiny models of the parity suite, by family: the fields of transformers' config that are not tiny.SIZES."""
+
+from families import dense
+
+CASES = dense.CASES
