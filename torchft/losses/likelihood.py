@@ -89,6 +89,14 @@ def token_logps(
     return logps if ent is None else (logps, _at(rows, ent, labels))
 
 
+@torch.no_grad()
+def token_collision_logps(hidden: Tensor, project: Project, *, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+    """log sum p^2 [b, s] fp32 in nats, how likely two draws agree; 0 where ``labels`` [b, s] is -100. No gradient."""
+    h, _, rows = _supervised(hidden, labels)
+    collisions = [(2 * project(part).float().log_softmax(-1)).logsumexp(-1) for part in h.split(chunk)]
+    return _at(rows, torch.cat(collisions), labels)
+
+
 def _supervised(hidden: Tensor, labels: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [t, d] and labels [t] of the tokens to train on, and their places [t] among all b * s.
 
