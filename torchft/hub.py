@@ -1,14 +1,11 @@
-"""Hub checkpoints <-> our parameters. Each family declares how its Hub names differ; nothing here knows a family.
-
-Three rules cover every family: a renamed name, several of our tensors fused into one Hub tensor (Phi 3, GLM 4), and one
-of our tensors stored as one Hub tensor per expert (Mixtral, Qwen 3 MoE, DeepSeek).
-"""
+"""Hub checkpoints <-> our parameters, by the names that each family declares; nothing here knows a family."""
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,25 +15,10 @@ from torch import Tensor, nn
 
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
+from torchft.hub_names import HubNames, Piece, pieces
 from torchft.ranks import Region, from_main, is_main, local, region, whole
 from torchft.staging import Staging
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
-
-
-@dataclass(frozen=True)
-class HubNames:
-    """How one family's Hub names differ from ours (which are Llama's, except for the norms)."""
-
-    renamed: dict[str, str] = field(default_factory=dict)  # regex on our name -> replacement
-    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # Hub module -> our modules, in order, along dim 0
-    per_expert: str | None = None  # regex whose match in our name becomes "<match>.<expert>" on the Hub
-    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors that hold nothing to learn
-
-    def rename(self, name: str) -> str:
-        """Our module or parameter name -> the Hub's."""
-        for pattern, new in self.renamed.items():
-            name = re.sub(pattern, new, name)
-        return name
 
 
 @dataclass(frozen=True)
@@ -45,31 +27,6 @@ class HubFormat:
 
     names: HubNames
     config_json: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Our parameter ``name`` is (``rows`` of) the Hub tensors ``hub``: one, or one per expert."""
-
-    name: str
-    hub: tuple[str, ...]
-    rows: slice
-
-
-def pieces(params: Mapping[str, Tensor], names: HubNames) -> Iterator[Piece]:
-    """Where each of our parameters lies in the Hub's tensors."""
-    for name, param in params.items():
-        hub, rows = name, slice(None)
-        for fused, parts in names.fused.items():
-            if (child := name.rsplit(".", 2)[-2]) in parts:
-                sizes = [params[name.replace(f".{child}.", f".{p}.")].shape[0] for p in parts]
-                start = sum(sizes[: parts.index(child)])
-                hub, rows = name.replace(f".{child}.", f".{fused}."), slice(start, start + param.shape[0])
-        hub = names.rename(hub)
-        if names.per_expert and (m := re.search(names.per_expert, hub)):
-            yield Piece(name, tuple(f"{hub[: m.end()]}.{e}{hub[m.end() :]}" for e in range(param.shape[0])), rows)
-        else:
-            yield Piece(name, (hub,), rows)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,17 +44,20 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     """
     names = hub_format(model).names
     files, params = WeightFiles(folder), base_parameters(model)
-    plan = list(pieces(params, names))
-    _check_names(files, params, plan, names)
+    names = _layout(files, names)
+    plan: dict[str, list[Piece]] = {}
+    for piece in pieces(params, names):
+        plan.setdefault(piece.name, []).append(piece)
+    _check_names(files, plan, names)
     staging = Staging(next(iter(params.values())).device)
     finite: dict[str, Tensor] = {}
-    for piece in plan:
-        param = params[piece.name]
+    for name, parts in plan.items():
+        param = params[name]
         if not local(param).numel():
             continue  # fewer rows than ranks
-        part = staging.send(_read(files, piece, region(param)))
+        part = staging.send(_read(files, parts, region(param)))
         if check_finite:
-            finite[piece.hub[0]] = torch.stack(part.aminmax()).isfinite().all()
+            finite[parts[0].hub] = torch.stack(part.aminmax()).isfinite().all()
         local(param).copy_(part)
     if finite and not all(is_finite := torch.stack(list(finite.values())).tolist()):  # waits for the device, once
         broken = [name for name, fine in zip(finite, is_finite, strict=True) if not fine]
@@ -107,13 +67,45 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
         )
 
 
-def _read(files: WeightFiles, piece: Piece, part: Region) -> Tensor:
-    """``part`` of our parameter, from the Hub tensors that hold it."""
-    first, *others = part or (slice(None),)
-    if len(piece.hub) > 1:
-        return torch.stack([files.read(hub, *others) for hub in piece.hub[first]])
-    start = piece.rows.start or 0
-    return files.read(piece.hub[0], *(slice(start + first.start, start + first.stop), *others) if part else ())
+def _layout(files: WeightFiles, names: HubNames) -> HubNames:
+    """Which of a family's layouts ``files`` have."""
+    if names.stacked is None or not names.per_expert:
+        return names
+    expert = rf"{names.per_expert}\.\d+\."
+    return names if any(re.search(expert, name) for name in files.names()) else names.stacked
+
+
+def _read(files: WeightFiles, parts: Sequence[Piece], wanted: Region) -> Tensor:
+    """What is ``wanted`` of our parameter, from the Hub tensors that hold its ``parts``."""
+    if len(parts) == 1:
+        return _read_piece(files, parts[0], wanted)
+    result: Tensor | None = None
+    experts, rows, *others = wanted
+    for piece in parts:
+        assert piece.expert is not None
+        own = piece.rows or slice(0, piece.shape[0])
+        low, high = max(rows.start, own.start), min(rows.stop, own.stop)
+        if not experts.start <= piece.expert < experts.stop or low >= high:
+            continue
+        part = _read_piece(files, piece, (slice(low - own.start, high - own.start), *others))
+        if result is None:
+            result = part.new_empty([s.stop - s.start for s in wanted])
+        result[piece.expert - experts.start, low - rows.start : high - rows.start] = part
+    assert result is not None
+    return result
+
+
+def _read_piece(files: WeightFiles, piece: Piece, wanted: Region) -> Tensor:
+    """``wanted`` of the piece, in its own coordinates."""
+    if not wanted:
+        return files.read(piece.hub)
+    first, *others = wanted
+    start = piece.hub_rows.start if piece.hub_rows else 0
+    hub = [slice(start + first.start, start + first.stop), *others]
+    if piece.transposed:
+        hub[-2], hub[-1] = hub[-1], hub[-2]
+    tensor = files.read(piece.hub, *hub)
+    return tensor.mT if piece.transposed else tensor
 
 
 def save(
@@ -135,24 +127,37 @@ def save(
     folder = Path(folder)
     from_main(partial(_check_replaceable, folder))
     hub, params = hub_format(model), base_parameters(model)
-    plan: dict[str, list[tuple[str, int | None]]] = {}  # Hub name -> our names (and expert), in row order
-    for piece in sorted(pieces(params, hub.names), key=lambda p: p.rows.start or 0):
-        for expert, name in enumerate(piece.hub):
-            plan.setdefault(name, []).append((piece.name, expert if len(piece.hub) > 1 else None))
+    plan: dict[str, list[Piece]] = {}  # Hub name -> what it holds, in row order
+    for piece in pieces(params, hub.names):
+        plan.setdefault(piece.hub, []).append(piece)
+    for parts in plan.values():
+        parts.sort(key=lambda p: p.hub_rows.start if p.hub_rows else 0)
+    keeps = re.compile(hub.names.keeps_dtype or r"(?!)")
+    last: tuple[str, Tensor | None] = "", None  # a stacked weight is gathered once, for all its experts
 
-    def part(name: str, expert: int | None) -> Tensor:
-        tensor = read(name) if read else whole(params[name])
-        return (tensor if expert is None else tensor[expert]).to(dtype or params[name].dtype)
+    def part(piece: Piece) -> Tensor:
+        nonlocal last
+        if piece.name != last[0] or last[1] is None:
+            last = "", None  # freed before the next one is made
+            last = piece.name, read(piece.name) if read else whole(params[piece.name])
+        _, tensor = last
+        assert tensor is not None
+        if piece.expert is not None:
+            tensor = tensor[piece.expert]
+        tensor = tensor if piece.rows is None else tensor[piece.rows]
+        return (tensor.mT if piece.transposed else tensor).to(stored_as(piece.name))
 
-    def num_bytes(name: str, expert: int | None) -> int:
-        param = params[name]
-        return param.numel() // (1 if expert is None else len(param)) * (dtype or param.dtype).itemsize
+    def stored_as(name: str) -> torch.dtype:
+        return dtype if dtype and not keeps.search(name) else params[name].dtype
 
     def stored(hub_name: str) -> Tensor:
-        parts = [part(*p).cpu() for p in plan[hub_name]]
+        parts = [part(p).cpu() for p in plan[hub_name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    sizes = {hub_name: sum(num_bytes(*p) for p in parts) for hub_name, parts in plan.items()}
+    sizes = {
+        hub_name: sum(math.prod(p.shape) * stored_as(p.name).itemsize for p in parts)
+        for hub_name, parts in plan.items()
+    }
     stored_dtype = dtype or next(iter(params.values())).dtype
     if not is_main():
         for hub_name in sizes:
@@ -195,16 +200,17 @@ def hub_format(model: nn.Module) -> HubFormat:
     return hub
 
 
-def _check_names(files: WeightFiles, params: Mapping[str, Tensor], plan: list[Piece], names: HubNames) -> None:
+def _check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubNames) -> None:
     """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
     want: dict[str, list[int]] = {}
-    for piece in plan:
-        shape = list(params[piece.name].shape[1:] if len(piece.hub) > 1 else params[piece.name].shape)
-        for hub in piece.hub:
-            if hub in want:
-                want[hub][0] += shape[0]  # fused along dim 0
-            else:
-                want[hub] = shape
+    for piece in (piece for parts in plan.values() for piece in parts):
+        shape = list(piece.shape)
+        if piece.transposed:
+            shape[-2], shape[-1] = shape[-1], shape[-2]
+        if piece.hub in want:
+            want[piece.hub][0] += shape[0]  # fused along dim 0
+        else:
+            want[piece.hub] = shape
     have = {n for n in files.names() if not re.search(names.ignored, n)}
     problems = []
     if "lm_head.weight" in have - set(want):

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from torchft.errors import UserError
-from torchft.hub import HubNames
+from torchft.hub_names import HubNames
 from torchft.models.config_json import field, one_of, rope_from_hub, rope_to_hub, sizes, sizes_to_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig

@@ -1,0 +1,155 @@
+"""Linear layers of many experts at once: rows sorted by expert, weights stacked [e, out, in], one grouped product.
+
+Shapes: t tokens, k experts per token, n = t * k rows, e experts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+class StackedLinear(nn.Module):
+    """A linear layer per expert: ``weight`` [e, out, in], ``bias`` [e, out]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features)) if bias else None
+        self.multiply = grouped_linear  # another one for weights in fewer bits: adapters/stacked.py
+        nn.init.uniform_(self.weight, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+
+    def forward(self, x: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Rows [n, in] -> [n, out]; expert i has those from offsets[i - 1] to offsets[i]. ``scale`` [n, 1]: of rows.
+
+        Scaled is what goes in, where it is narrow, so that no product has to be kept for the gradient of ``scale``.
+        """
+        x = x if scale is None else x * scale
+        return self.add_bias(self.multiply(x, self.weight, offsets), offsets, scale)
+
+    def add_bias(self, out: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+        """[n, out] plus each row's bias, times its ``scale``."""
+        if self.bias is None:
+            return out
+        rows = torch.arange(len(out), dtype=torch.int32, device=out.device)
+        experts = torch.searchsorted(offsets, rows, right=True)  # [n]
+        chosen = F.one_hot(experts, self.num_experts).to(out.dtype)  # [n, e]: a product, so that its gradient is one
+        return out + (chosen if scale is None else chosen * scale) @ self.bias.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows x [n, in] times the transposed weight [e, out, in] of their expert -> [n, out]; ``offsets`` [e] int32.
+
+    On a GPU in bf16 one kernel, whose rows must be multiples of 16 bytes; elsewhere an expert after the other, for
+    which a GPU is waited for.
+    """
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not (weight.shape[1] % 8 or weight.shape[2] % 8):
+        return F.grouped_mm(x, weight.mT, offs=offsets)
+    return grouped_mm(x, weight.to(x.dtype).mT, offsets)
+
+
+def spread(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """x [t, d] -> a row for each of a token's k experts, sorted by expert: [n, d].
+
+    ``order`` [n]: the sorted rows' numbers before, token * k + choice; ``place``: its inverse. Unlike plain indexing
+    its gradient needs no atomic additions: same bits in every run.
+    """
+    return _Spread.apply(x, order, place)
+
+
+def collect(rows: Tensor, order: Tensor, place: Tensor, *, num_tokens: int) -> Tensor:
+    """Sorted rows [n, d] -> the sum of each token's, [t, d]."""
+    return _Collect.apply(rows, order, place, num_tokens)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, place: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # no public type
+        ctx.save_for_backward(place)
+        ctx.num_tokens = len(x)
+        return x[order // (len(order) // len(x))]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (place,) = ctx.saved_tensors
+        return grad[place].view(ctx.num_tokens, -1, grad.shape[-1]).sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, place: Tensor, num_tokens: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order)
+        return rows[place].view(num_tokens, -1, rows.shape[-1]).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        (order,) = ctx.saved_tensors
+        return grad[order // (len(order) // len(grad))], None, None, None
+
+
+# F.grouped_mm traces in bf16 only (torch 2.11 to 2.13), and is no faster than a loop on a CPU: so, an operator.
+
+
+@torch.library.custom_op("torchft::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows x [n, i] times the weight [e, i, o] of their expert -> [n, o]."""
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    start = 0
+    for expert, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            out[start:stop] = x[start:stop] @ weight[expert]
+        start = stop
+    return out
+
+
+@torch.library.custom_op("torchft::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient of ``grouped_mm`` for its weight: x [n, i], grad [n, o] -> [e, i, o]."""
+    out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
+    start = 0
+    for expert, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            out[expert] = x[start:stop].mT @ grad[start:stop]
+        start = stop
+    return out
+
+
+@grouped_mm.register_fake
+def _product_shape(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@grouped_outer.register_fake
+def _outer_shape(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the context's type is not public
+    x, weight, offsets = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    dx = grouped_mm(grad, weight.mT, offsets) if ctx.needs_input_grad[0] else None
+    return dx, None if x is None else grouped_outer(x, grad, offsets), None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.torchft.grouped_mm)
+def _product_flops(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.torchft.grouped_outer)
+def _outer_flops(x, grad, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * x[0] * x[1] * grad[1]

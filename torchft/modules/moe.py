@@ -1,0 +1,129 @@
+"""Mixture of experts (https://arxiv.org/abs/1701.06538): each token goes through its own few of many gated MLPs.
+
+Shapes: b batch, s sequence, d model dim, e experts, t tokens (b * s), k experts per token, n = t * k rows that experts
+compute, f an expert's width. Nothing waits for the device: how many rows an expert gets stays there, in ``offsets``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torchft.modules.grouped import StackedLinear, collect, spread
+from torchft.modules.routers import Router
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., 2 f], the gate's half first -> [..., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+class Experts(nn.Module):
+    """The gated MLPs of all experts: down(act(gate_up(x))), with stacked weights [e, 2 f, d] and [e, d, f]."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        *,
+        act: Callable[[Tensor], Tensor] = swiglu,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = StackedLinear(num_experts, dim, 2 * hidden_dim, bias=bias)
+        self.down_proj = StackedLinear(num_experts, hidden_dim, dim, bias=bias)
+        self.act = act
+
+    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Rows [n, d] -> [n, d], each times its weight [n]; expert i has the rows from offsets[i - 1] to offsets[i]."""
+        return self.down_proj(self.act(self.gate_up_proj(x, offsets)), offsets, weights)
+
+
+class MoE(nn.Module):
+    """Each token's experts, weighted by the router, and the shared experts that all tokens use; [b, s, d] -> [b, s, d].
+
+    ``shared`` is a gated MLP; its output is scaled by a sigmoid if it ``has_shared_gate`` (Qwen). ``weighs_input``:
+    the router scales what goes into an expert instead of what comes out (Llama 4).
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        *,
+        shared: nn.Module | None = None,
+        has_shared_gate: bool = False,
+        weighs_input: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared = router, experts, shared
+        self.shared_gate = nn.Linear(router.weight.shape[1], 1, bias=False) if has_shared_gate else None
+        self.weighs_input = weighs_input
+        self.balance = 0.0  # weight of this layer's load-balancing loss: training/routing.py
+        self.counts: Tensor | None = None  # [e] int64 to which forward adds the tokens of each expert: likewise
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)  # [t, d]
+        logits = self.router(flat)  # [t, e]
+        weights, chosen = self.router.choose(logits)  # [t, k]
+        if self.counts is not None and self.training:
+            self.counts.add_(expert_counts(chosen, logits.shape[1]))
+        if self.balance and self.training:
+            loss = balance_loss(self.router.probabilities(logits), chosen)
+            weights = _WithLoss.apply(weights, self.balance * loss)
+        out = self._routed(flat, weights.type_as(x), chosen)
+        if self.shared is not None:
+            every = self.shared(flat)
+            out = out + (every if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * every)
+        return out.view(x.shape)
+
+    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Sum over each token's experts: x [t, d], weights and ``chosen`` experts [t, k] -> [t, d].
+
+        The seam for experts on other ranks: what ``spread`` sorts by expert would be sent to their ranks before they
+        compute, and sent back before ``collect`` adds it up; ``offsets`` would then be those of this rank's experts.
+        """
+        ids, order = chosen.flatten().sort(stable=True)  # [n]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # its inverse
+        num_experts = self.router.weight.shape[0]
+        offsets = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
+        rows = spread(x, order, place)  # [n, d]
+        scale = spread(weights.reshape(-1, 1), order, place)  # [n, 1]
+        if self.weighs_input:
+            return collect(self.experts(rows * scale, offsets), order, place, num_tokens=len(x))
+        return collect(self.experts(rows, offsets, scale), order, place, num_tokens=len(x))
+
+
+def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
+    """How many tokens of ``chosen`` [t, k] each expert gets, [e] int64."""
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
+    return counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+
+
+def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """e * sum over experts of (share of the t tokens that it gets) * (its mean probability), k if all are alike; fp32.
+
+    Switch Transformer (https://arxiv.org/abs/2101.03961), equations 4 to 6, with k choices per token as in Mixtral.
+    """
+    num_tokens, num_experts = probabilities.shape
+    share = expert_counts(chosen, num_experts) / num_tokens
+    return num_experts * (share * probabilities.float().mean(0)).sum()
+
+
+class _WithLoss(torch.autograd.Function):
+    """x as it is; in backward ``loss`` gets the gradient 1, as if it had been added to what is differentiated.
+
+    So that a block can have a loss of its own and yet return nothing but its output.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # the context has no public type
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
