@@ -7,8 +7,6 @@
 To change it: `tune cp lora_finetune my_recipe.py`, then `tune run my_recipe.py --config ...`.
 """
 
-import math
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
+from torchft.data.mixture import mix
 from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
@@ -69,7 +68,7 @@ from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"))]
+Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"), default="torchft.data.datasets.auto")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,8 @@ class Config:
     export_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights in export/
 
     # Data
-    dataset: Dataset
+    dataset: Dataset | None = None
+    datasets: list[Dataset] = field(default_factory=list)  # or several, each with a weight and a stage if wanted
     chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
     exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
@@ -128,6 +128,8 @@ class Config:
     )
 
     def conflicts(self) -> Iterator[str]:
+        if bool(self.dataset) == bool(self.datasets):
+            yield "dataset: give one data set here, or several in datasets"
         if self.nf4 and self.fp8:
             yield "nf4, fp8: the base has one format; leave one of the sections out"
         if self.eval_every and not self.dataset_eval and not self.exact_match:
@@ -164,12 +166,13 @@ def load_base(config: Config, model: Decoder, world: World) -> None:
 def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
     """What to train on, what is held out, and what the training data holds. Refuses data that cannot train."""
     vocab_size = models.sizes(config.checkpoint_dir).vocab_size
-    samples = config.dataset.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    nodes = config.datasets or [node for node in (config.dataset,) if node]
+    samples = mix([node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes])
     summary = summarise(samples)
     summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
     if config.dataset_eval is None:
         return samples, None, summary
-    held_out = config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)
+    held_out = mix([config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)])
     summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
     return samples, held_out, summary
 
@@ -250,8 +253,7 @@ def train(config: Config, run: Run, world: World) -> None:
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
-    steps_per_epoch = math.ceil(len(loader) / micro_steps)
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
     step = 0
     if saved:
         step = saved.number
@@ -314,7 +316,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 own_loss += micro_loss.detach()
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)
-            rows = (loader.samples.where(i) for batch in window for i in batch.samples)
+            rows = [place for batch in window for place in batch.where]
             if guard.allows(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss):
                 optimizer.step()
             schedule.step()

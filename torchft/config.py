@@ -36,10 +36,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Kind:
-    """Note of a Component: which kind of the registry fits, and which parameters the recipe passes itself."""
+    """Note of a Component: which kind of the registry fits, which parameters the recipe passes itself, and which name
+    is meant where a mapping has no ``_component_``."""
 
     name: str
     supplied: tuple[str, ...] = ()
+    default: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

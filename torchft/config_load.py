@@ -104,6 +104,8 @@ class _Check:
         for member, notes in members(kind):
             if "_component_" in value and (member is Component or _is_open(kind)):
                 return self.component(value, notes, path)
+            if member is Component and _kind(notes).default:
+                return self.component({"_component_": _kind(notes).default, **value}, notes, path)
             if member is Component:
                 return self.fail(path, f"needs _component_: the name of what to use{_known(_kind(notes).name)}")
             if is_dataclass(member):

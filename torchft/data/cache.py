@@ -6,7 +6,6 @@ a file is right or never found. Deleting the folder is safe at any time.
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -14,10 +13,10 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 from torchft.data.samples import Counts, Samples
 from torchft.data.sources import Source, files_of
@@ -29,42 +28,28 @@ log = logging.getLogger(__name__)
 LIMIT = 10 << 30  # bytes of all files together; the longest unused are removed. A token takes 8
 ENGINES = ("tiktoken", "sentencepiece", "jinja2", "pyarrow")  # whose versions might change a token
 
-P = ParamSpec("P")
 
+def read_or_make(settings: Any, *, source: Source, tokenizer: Tokenizer, make: Callable[[], Samples]) -> Samples:
+    """The samples that ``make`` returned for these settings before, or returns now.
 
-def cached(dataset: Callable[P, Samples]) -> Callable[P, Samples]:
-    """``dataset``, a function of `datasets`, which reads its samples from the cache if it has made them before."""
-    signature = inspect.signature(dataset)
-
-    @wraps(dataset)
-    def read_or_make(*args: P.args, **kwargs: P.kwargs) -> Samples:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        file = _file(dataset.__qualname__, given.arguments)
-        if file is None:
-            return dataset(*args, **kwargs)
-        samples = _read(file)
-        if samples is None:
-            samples = dataset(*args, **kwargs)
+    Args:
+        settings: all that decides them beside the files of ``source`` and the tokenizer: JSON values.
+    """
+    file = _file(settings, files_of(source), tokenizer)
+    samples = _read(file) if file else None
+    if samples is None:
+        samples = make()
+        if file:
             _write(file, samples)
-        return samples
-
-    return read_or_make
+    return samples
 
 
-def _file(name: str, settings: dict[str, Any]) -> Path | None:
+def _file(settings: Any, files: list[Path], tokenizer: Tokenizer) -> Path | None:
     """Where the samples of these settings are kept; None if what they are made from has no files to compare."""
-    tokenizer: Tokenizer = settings["tokenizer"]
-    if not tokenizer.fingerprint:
+    if not files or not tokenizer.fingerprint:
         return None
-    files = files_of(Source(**{key: settings[key] for key in ("split", "subset", "revision")}, path=settings["source"]))
-    if not files:
-        return None
-    others = {key: value for key, value in settings.items() if key != "tokenizer"}
     read = [(str(file), sha256(file)) for file in files]
-    key = json.dumps(
-        [name, others, read, tokenizer.fingerprint, _versions(), sys.byteorder], sort_keys=True, default=str
-    )
+    key = json.dumps([settings, read, tokenizer.fingerprint, _versions(), sys.byteorder], sort_keys=True, default=str)
     return cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()
 
 

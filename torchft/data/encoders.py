@@ -1,21 +1,11 @@
-"""The step from a row to tokens with a mask: `conversation`, `prompt_and_answer`, `document` make such a function."""
+"""The step from a row to tokens with a mask. An encoder is one of these functions with all but the row given."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from torchft.data.messages import (
-    FORMATS,
-    RowError,
-    Values,
-    detect,
-    fill,
-    is_null,
-    rename,
-    text,
-    with_system,
-    without_empty,
-)
+from torchft.data.messages import Message, RowError, Values, fill, is_null, text, with_system, without_empty
 from torchft.data.samples import Encoded
 from torchft.errors import UserError
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -27,66 +17,82 @@ PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n#
 
 
 def conversation(
-    tokenizer: Tokenizer, format: str, column_map: Mapping[str, str], *, train_on: str, new_system_prompt: str | None
-) -> Encoder:
-    """Messages in the checkpoint's chat format. ``format``: a key of FORMATS, or "auto": the first row decides."""
-    found = format
-
-    def encode(row: Values) -> Encoded:
-        nonlocal found
-        row = rename(row, column_map)
-        if found == "auto":
-            found = detect(row)
-        messages = without_empty(FORMATS[found](row))
-        if new_system_prompt is not None:
-            messages = with_system(messages, new_system_prompt)
-        try:
-            rendered = tokenizer.render(messages, tools=_tools(row), train_on=train_on)
-        except UserError as e:
-            raise RowError(str(e)) from None
-        return Encoded(rendered.tokens, rendered.train, has_control_text=rendered.num_escaped > 0)
-
-    return encode
+    row: Values,
+    *,
+    tokenizer: Tokenizer,
+    messages_of: Callable[[Values], list[Message]],
+    train_on: str,
+    new_system_prompt: str | None,
+) -> Encoded:
+    """Messages in the checkpoint's chat format."""
+    messages = without_empty(messages_of(row))
+    if new_system_prompt is not None:
+        messages = with_system(messages, new_system_prompt)
+    try:
+        rendered = tokenizer.render(messages, tools=_tools(row), train_on=train_on)
+    except UserError as e:
+        raise RowError(str(e)) from None
+    return Encoded(rendered.tokens, rendered.train, has_control_text=rendered.num_escaped > 0)
 
 
-def prompt_and_answer(
-    tokenizer: Tokenizer, template: str | None, column_map: Mapping[str, str], *, train_on: str
-) -> Encoder:
+def prompt_and_answer(row: Values, *, tokenizer: Tokenizer, template: str | None, train_on: str) -> Encoded:
     """Plain text: the template filled in, the answer, the end-of-text token. The last two are trained.
 
     The answer is the column "completion", or "output". Without a template it is "{prompt}", or PROMPT for an
     "instruction".
     """
-    start = _start(tokenizer)
-
-    def encode(row: Values) -> Encoded:
-        row = rename(row, column_map)
-        if template is not None:
-            prompt = fill(template, row)
-        elif "prompt" in row:
-            prompt = text(row, "prompt")
-        else:
-            text(row, "instruction")  # which, unlike "input", must not be empty
-            prompt = fill(PROMPT if is_null(row.get("input")) or row["input"] == "" else PROMPT_WITH_INPUT, row)
-        answer = text(row, "completion" if "completion" in row else "output")
-        before = [*start, *_plain(tokenizer, prompt)]
-        after = [*_plain(tokenizer, answer), tokenizer.eos_id]
-        train = [train_on == "all"] * len(before) + [True] * len(after)
-        return Encoded(before + after, train, tokenizer.num_control(prompt) + tokenizer.num_control(answer) > 0)
-
-    return encode
+    if template is not None:
+        prompt = fill(template, row)
+    elif "prompt" in row:
+        prompt = text(row, "prompt")
+    else:
+        text(row, "instruction")  # which, unlike "input", must not be empty
+        prompt = fill(PROMPT if is_null(row.get("input")) or row["input"] == "" else PROMPT_WITH_INPUT, row)
+    answer = text(row, "completion" if "completion" in row else "output")
+    before = [*_start(tokenizer), *_plain(tokenizer, prompt)]
+    after = [*_plain(tokenizer, answer), tokenizer.eos_id]
+    train = [train_on == "all"] * len(before) + [True] * len(after)
+    return Encoded(before + after, train, tokenizer.num_control(prompt) + tokenizer.num_control(answer) > 0)
 
 
-def document(tokenizer: Tokenizer, column_map: Mapping[str, str], *, add_eos: bool) -> Encoder:
+def document(row: Values, *, tokenizer: Tokenizer, add_eos: bool) -> Encoded:
     """The column "text", all of it trained, with the end-of-text token."""
-    start, end = _start(tokenizer), [tokenizer.eos_id] * add_eos
+    content = text(row, "text")
+    tokens = [*_start(tokenizer), *_plain(tokenizer, content), *[tokenizer.eos_id] * add_eos]
+    return Encoded(tokens, [True] * len(tokens), tokenizer.num_control(content) > 0)
 
-    def encode(row: Values) -> Encoded:
-        content = text(rename(row, column_map), "text")
-        tokens = [*start, *_plain(tokenizer, content), *end]
-        return Encoded(tokens, [True] * len(tokens), tokenizer.num_control(content) > 0)
 
-    return encode
+def ids(row: Values) -> Encoded:
+    """Tokens that are ids already: "input_ids" with "labels" (the same ids, or -100 where nothing is trained), with a
+    "loss_mask" of 0 and 1, or with neither: then every token is trained."""
+    tokens = _integers(row, "input_ids")
+    if min(tokens) < 0:
+        raise RowError(f"input_ids[{tokens.index(min(tokens))}] is {min(tokens)}; ids start at 0")
+    mask = next((column for column in ("labels", "loss_mask") if not is_null(row.get(column))), None)
+    if mask is None:
+        return Encoded(tokens, [True] * len(tokens))
+    values = _integers(row, mask)
+    if len(values) != len(tokens):
+        raise RowError(f"'{mask}' has {len(values)} values, but 'input_ids' {len(tokens)}")
+    if mask == "loss_mask":
+        return Encoded(tokens, [value != 0 for value in values])
+    for i, (token, label) in enumerate(zip(tokens, values)):
+        if label not in (-100, token):
+            raise RowError(
+                f"labels[{i}] is {label}, but input_ids[{i}] is {token}: a label is the id at its own place, or -100. "
+                "torchft shifts labels itself"
+            )
+    return Encoded(tokens, [label != -100 for label in values])
+
+
+def rendered(tokenizer: Tokenizer, messages_of: Callable[[Values], list[Message]], **options: Any) -> Encoder:
+    """`conversation` for a checkpoint with a chat template. UserError for one without."""
+    if not tokenizer.has_chat:
+        raise UserError(
+            "dataset: this checkpoint has no chat template. Start from an instruct checkpoint, name a chat_format, or "
+            "use torchft.data.datasets.instruct, which needs none"
+        )
+    return partial(conversation, tokenizer=tokenizer, messages_of=messages_of, **options)
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:
@@ -100,6 +106,15 @@ def _plain(tokenizer: Tokenizer, content: str) -> list[int]:
         return tokenizer.encode(content, control=False)
     except UserError as e:
         raise RowError(str(e)) from None
+
+
+def _integers(row: Values, column: str) -> list[int]:
+    values = row.get(column)
+    if isinstance(values, Sequence) and not isinstance(values, str) and all(type(value) is int for value in values):
+        if not values:
+            raise RowError(f"{column!r} is empty")
+        return list(values)
+    raise RowError(f"{column!r} must be a list of token ids, found {values!r:.60}")
 
 
 def _tools(row: Values) -> list[dict[str, Any]] | None:

@@ -7,8 +7,9 @@ Ranks share an epoch's rows: each batch is a slice of one that all ranks have to
 the position depends on how many they are.
 """
 
-import hashlib
 import logging
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.data.mixture import epoch_samples, generator_of
 from torchft.data.packing import pack
-from torchft.data.samples import Samples
+from torchft.data.samples import Part, Samples
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 
@@ -38,7 +40,8 @@ class Batch:
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     num_tokens: int  # of rows that hold samples, padding after them included
     all_supervised: int  # of this batch of all ranks, by which each divides its loss
-    samples: tuple[int, ...]  # which samples are in it, to name a batch that breaks training
+    samples: tuple[int, ...]  # which samples are in it, by their place in the order of the data
+    where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``; from pinned memory the copy is only queued, and nobody waits."""
@@ -87,16 +90,15 @@ class Loader:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.all_rows = rank, batch_size * num_ranks
         self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
+        self.drop_last = drop_last
         self.epoch = 0  # of the next batch
-        self.num_rows = len(samples)  # of an epoch, the same in every epoch
         self._next_row = 0  # of the next batch
-        self._rows: list[list[int]] | None = None  # the current epoch's rows, made when its first batch is asked for
-        if packed:
-            self._rows = self._epoch_rows()
-            self.num_rows = len(self._rows)
-        self._used_rows = self.num_rows // self.all_rows * self.all_rows if drop_last else self.num_rows
-        if not self._used_rows:
-            raise UserError(f"the dataset gives {self.num_rows} rows, not enough for one batch of {self.all_rows}")
+        self._parts = samples.parts or [Part(name="", start=0, stop=len(samples))]
+        self._varies = packed and any(part.weight is not None for part in self._parts)  # rows from epoch to epoch
+        self._rows: list[list[int]] | None = self._rows_of(0)  # the current epoch's, or None until they are asked for
+        self._num_rows = {0: len(self._rows or ())}  # epoch -> rows
+        if not self._used_rows(0):
+            raise UserError(f"the dataset gives {self._num_rows[0]} rows, not enough for one batch of {self.all_rows}")
         self._tokens = torch.frombuffer(samples.tokens, dtype=torch.int32)  # [t], a view
         self._labels = torch.frombuffer(samples.labels, dtype=torch.int32)  # [t], a view
         until = torch.cat([torch.zeros(1, dtype=torch.int64), (self._labels != IGNORE).cumsum(0)])  # before each token
@@ -104,16 +106,24 @@ class Loader:
         self._fingerprint = samples.fingerprint()
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same in every epoch."""
-        return -(-self._used_rows // self.all_rows)
+        """Batches of the current epoch: the same in every epoch, unless weights take other samples to pack."""
+        return self._num_batches(self.epoch)
+
+    def num_steps(self, micro_steps: int, *, epochs: int, max_steps: int | None) -> int:
+        """Optimizer steps of ``micro_steps`` batches each, at most ``max_steps``. No step spans two epochs."""
+        if not self._varies:
+            return min(epochs * math.ceil(len(self) / micro_steps), max_steps or sys.maxsize)
+        steps = sum(math.ceil(self._num_batches(epoch) / micro_steps) for epoch in range(epochs))
+        return min(steps, max_steps or sys.maxsize)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
         while self.epoch == epoch:
-            self._rows = self._rows or self._epoch_rows()
-            rows = self._rows[self._next_row : min(self._next_row + self.all_rows, self._used_rows)]
+            self._rows = self._rows or self._rows_of(epoch)
+            end = self._used_rows(epoch)
+            rows = self._rows[self._next_row : min(self._next_row + self.all_rows, end)]
             self._next_row += len(rows)
-            if self._next_row == self._used_rows:
+            if self._next_row == end:
                 self.epoch, self._next_row, self._rows = epoch + 1, 0, None
             yield self._collate(rows[self.rank * self.batch_size :][: self.batch_size], of=rows)
 
@@ -156,17 +166,35 @@ class Loader:
             "seed": self.seed,
             "packed": self.packed,
             "shuffle": self.shuffle,
+            "mixture": [[part.stop - part.start, part.weight, part.stage] for part in self._parts],
         }
 
-    def _epoch_rows(self) -> list[list[int]]:
-        """This epoch's rows of sample indices, by (seed, epoch) alone."""
-        digest = hashlib.sha256(f"{self.seed}/{self.epoch if self.shuffle else 0}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        if self.packed:
-            return pack(self.samples.lengths(), self.samples.seq_len, generator=generator)
-        if not self.shuffle:
-            return [[i] for i in range(len(self.samples))]
-        return [[i] for i in torch.randperm(len(self.samples), generator=generator).tolist()]
+    def _num_batches(self, epoch: int) -> int:
+        return -(-self._used_rows(epoch) // self.all_rows)
+
+    def _used_rows(self, epoch: int) -> int:
+        epoch = epoch if self._varies else 0
+        if epoch not in self._num_rows:
+            self._num_rows[epoch] = len(self._rows_of(epoch))
+        num_rows = self._num_rows[epoch]
+        return num_rows // self.all_rows * self.all_rows if self.drop_last else num_rows
+
+    def _rows_of(self, epoch: int) -> list[list[int]]:
+        """An epoch's rows of sample indices, by (seed, epoch) alone."""
+        epoch = epoch if self.shuffle else 0
+        rows: list[list[int]] = []
+        for stage, samples in enumerate(epoch_samples(self._parts, epoch=epoch, seed=self.seed)):
+            generator = generator_of(self.seed, epoch, stage)
+            if self.packed:
+                starts = self.samples.starts
+                lengths = [starts[i + 1] - starts[i] for i in samples]
+                packs = pack(lengths, self.samples.seq_len, generator=generator)
+                rows += [[samples[i] for i in row] for row in packs]
+            elif self.shuffle:
+                rows += [[samples[i]] for i in torch.randperm(len(samples), generator=generator).tolist()]
+            else:
+                rows += [[i] for i in samples]
+        return rows
 
     def _collate(self, rows: list[list[int]], *, of: list[list[int]]) -> Batch:
         """This rank's ``rows`` as a batch; ``of``: those of all ranks."""
@@ -197,6 +225,7 @@ class Loader:
             num_supervised=int((labels != IGNORE).sum()),
             all_supervised=int(self._supervised[[sample for row in of for sample in row]].sum()),
             samples=tuple(sample for row in rows for sample in row),
+            where=tuple(self.samples.where(sample) for row in rows for sample in row),
         )
 
     def _row_length(self, rows: list[list[int]]) -> int:

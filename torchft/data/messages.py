@@ -4,6 +4,7 @@ The format is found once, from the first row, or named; then every row is held t
 RowError that says which rule it breaks, never a guess.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -44,6 +45,10 @@ class EmptyError(RowError):
     """A row whose text is null, empty or white space: nothing to learn from, and common in real data."""
 
 
+class FilteredError(RowError):
+    """A row that the data set's filters leave out."""
+
+
 def openai(row: Values) -> list[Message]:
     """{"messages": [{"role", "content", ...}, ...]}."""
     column, turns = _turns(row)
@@ -58,6 +63,9 @@ def sharegpt(row: Values) -> list[Message]:
         where = f"{column}[{i}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise RowError(f"{where} must be an object with 'from' and 'value', found {_found(turn)}")
+        if turn["from"] == "function_call":
+            messages.append({"role": "assistant", "tool_calls": _calls(turn["value"], where)})
+            continue
         role = SHAREGPT_ROLES.get(str(turn["from"]))
         if role is None:
             raise RowError(f"{where}: unknown 'from' {turn['from']!r}{nearest(str(turn['from']), SHAREGPT_ROLES)}")
@@ -83,11 +91,21 @@ def prompt_completion(row: Values) -> list[Message]:
     return before + [_message(turn, f"completion[{i}]") for i, turn in enumerate(completion)]
 
 
+def prompt_answer(row: Values) -> list[Message]:
+    """{"prompt" (text or messages), "answer"}: a question of reinforcement learning with the answer to compare with."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        prompt = [{"role": "user", "content": text(row, "prompt")}]
+    before = [_message(turn, f"prompt[{i}]") | {"train": False} for i, turn in enumerate(prompt)]
+    return [*before, {"role": "assistant", "content": text(row, "answer")}]
+
+
 FORMATS: dict[str, Callable[[Values], list[Message]]] = {
     "openai": openai,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "prompt_completion": prompt_completion,
+    "prompt_answer": prompt_answer,
 }
 
 
@@ -113,6 +131,8 @@ def detect(row: Values) -> str:
             raise RowError(f"{column!r} must list {{role, content}} or {{from, value}} objects, found {_found(first)}")
     if "prompt" in row and "completion" in row:
         return "prompt_completion"
+    if "prompt" in row and "answer" in row:
+        return "prompt_answer"
     if "instruction" in row and "output" in row:
         return "alpaca"
     other = next((c for c, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
@@ -200,6 +220,15 @@ def _message(turn: Any, where: str) -> Message:
     if weight is not None and message["role"] == "assistant":
         message.setdefault("train", bool(weight))
     return message
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    """ShareGPT's call of tools: the JSON text of one {"name", "arguments"}, or of a list of them."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except ValueError as e:
+        raise RowError(f"{where}: a function_call must be JSON: {e}") from None
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _is_blank(message: Message) -> bool:

@@ -46,9 +46,9 @@ class Prefetch:
         """Of the next batch."""
         return self._state["epoch"]
 
-    def __len__(self) -> int:
-        """Batches of an epoch, the same in every epoch."""
-        return len(self._loader)
+    def num_steps(self, micro_steps: int, *, epochs: int, max_steps: int | None) -> int:
+        """Optimizer steps of ``micro_steps`` batches each, at most ``max_steps``. No step spans two epochs."""
+        return self._loader.num_steps(micro_steps, epochs=epochs, max_steps=max_steps)
 
     def __iter__(self) -> Iterator[Batch]:
         """What is left of the current epoch."""

@@ -1,23 +1,17 @@
-"""Tokenised samples in flat arrays, and `collect`, which turns rows into them and counts what happens on the way."""
+"""Tokenised samples in flat arrays, the parts that they come from, and counts of what happened on the way."""
 
 import hashlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from torchft.data.messages import EmptyError, RowError, Values
-from torchft.data.sources import Row
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 
 Policy = Literal["drop", "error"]
-
-PROBLEMS_SHOWN = 5
-PROBLEMS_LIMIT = 1000  # bad rows after which reading on is pointless
 
 
 class Encoded(NamedTuple):
@@ -36,6 +30,7 @@ class Limits:
     too_long: Literal["truncate", "split", "drop", "error"]
     empty_rows: Policy = "drop"
     bad_rows: Policy = "error"
+    deduplicate: bool = False  # leave out a row whose tokens an earlier one has
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
@@ -50,6 +45,17 @@ class Sample:
     labels: list[int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The samples [start, stop) of one data set among several, and how they are mixed with the others."""
+
+    name: str
+    start: int
+    stop: int
+    weight: float | None = None  # share of an epoch's samples, relative to the other parts of its stage
+    stage: int = 0  # an epoch has the samples of a lower stage first
+
+
 @dataclass
 class Counts:
     """What happened between the rows and the samples."""
@@ -60,6 +66,15 @@ class Counts:
     split: int = 0  # rows that became several samples
     control_text: int = 0  # rows whose text spells a control token
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+
+    def add(self, other: "Counts") -> None:
+        """Count what another data set's rows met too."""
+        self.rows += other.rows
+        self.longest = max(self.longest, other.longest)
+        self.truncated += other.truncated
+        self.split += other.split
+        self.control_text += other.control_text
+        self.dropped += other.dropped
 
 
 class Samples:
@@ -74,6 +89,7 @@ class Samples:
         self.counts = Counts()
         self.numbers = array("q")  # where a sample came from: its row's number ...
         self.origins: list[tuple[int, str]] = []  # ... and (first sample, origin), ascending
+        self.parts: list[Part] = []  # where they are of several data sets: together all samples
         self.cache: Path | None = None  # the file that they were read from instead of being made
         self._fingerprint = ""
 
@@ -84,6 +100,18 @@ class Samples:
         self.labels.extend(sample.labels)
         self.starts.append(len(self.tokens))
         self.numbers.append(number)
+        self._fingerprint = ""
+
+    def extend(self, other: "Samples", part: Part) -> None:
+        """Append all samples of another data set as a part of this one."""
+        self.origins += [(first + len(self), origin) for first, origin in other.origins]
+        end = len(self.tokens)
+        self.starts.extend(array("q", [end + start for start in other.starts[1:]]))
+        self.tokens.extend(other.tokens)
+        self.labels.extend(other.labels)
+        self.numbers.extend(other.numbers)
+        self.counts.add(other.counts)
+        self.parts.append(part)
         self._fingerprint = ""
 
     def __len__(self) -> int:
@@ -126,67 +154,3 @@ def cut(encoded: Encoded, seq_len: int, *, split: bool) -> list[Encoded]:
     """
     starts = range(0, max(len(encoded.tokens) - 1, 1), seq_len - 1) if split else [0]
     return [Encoded(encoded.tokens[i : i + seq_len], encoded.train[i : i + seq_len]) for i in starts]
-
-
-def collect(rows: Iterable[Row], encode: Callable[[Values], Encoded], limits: Limits, *, pad_id: int) -> Samples:
-    """Encode every row. A row that does not fit is dropped and counted or, where its policy is "error", reported.
-
-    A row with nothing trained, or nothing left after its end was cut off, is always dropped and counted.
-    """
-    seq_len, too_long = limits.seq_len, limits.too_long
-    samples = Samples(seq_len=seq_len, pad_id=pad_id)
-    counts = samples.counts
-    problems: list[tuple[str, str]] = []  # what, where
-
-    def drop(row: Row, reason: str, problem: str = "", *, policy: str = "drop") -> None:
-        counts.dropped[reason] += 1
-        if policy == "error":
-            problems.append((problem, f"{row.origin}:{row.number}"))
-
-    for row in rows:
-        if len(problems) >= PROBLEMS_LIMIT:
-            break
-        counts.rows += 1
-        try:
-            encoded = encode(row.values)
-        except EmptyError as e:
-            drop(row, "empty", f"{e} (to skip such rows: empty_rows: drop)", policy=limits.empty_rows)
-            continue
-        except RowError as e:
-            drop(row, "broken", f"{e} (to skip such rows: bad_rows: drop)", policy=limits.bad_rows)
-            continue
-        length = len(encoded.tokens)
-        counts.longest = max(counts.longest, length)
-        counts.control_text += encoded.has_control_text
-        if length > seq_len and too_long in ("drop", "error"):
-            ways = "raise seq_len, or too_long: truncate | drop"
-            drop(row, "too long", f"{length} tokens are more than seq_len {seq_len}; {ways}", policy=too_long)
-            continue
-        pieces = [shift(piece.tokens, piece.train) for piece in cut(encoded, seq_len, split=too_long == "split")]
-        trained = [piece for piece in pieces if any(label != IGNORE for label in piece.labels)]
-        if not trained:
-            drop(row, "cut before the first trained token" if any(encoded.train[1:]) else "nothing to train on")
-            continue
-        counts.truncated += length > seq_len and too_long == "truncate"
-        counts.split += length > seq_len and too_long == "split"
-        for piece in trained:
-            samples.append(piece, origin=row.origin, number=row.number)
-    if problems:
-        raise _report(problems)
-    return samples
-
-
-def _report(problems: list[tuple[str, str]]) -> UserError:
-    """The first few problems, each with its first row and how many rows share it."""
-    places: dict[str, list[str]] = {}
-    for problem, where in problems:
-        places.setdefault(problem, []).append(where)
-    lines = []
-    for problem, rows in list(places.items())[:PROBLEMS_SHOWN]:
-        others = f" and {len(rows) - 1} more rows" if len(rows) > 1 else ""
-        lines.append(f"{rows[0]}{others}: {problem}")
-    if unshown := sum(map(len, list(places.values())[PROBLEMS_SHOWN:])):
-        lines.append(f"{unshown} other rows have problems too")
-    if len(problems) >= PROBLEMS_LIMIT:
-        lines.append(f"stopped reading after {len(problems)} bad rows")
-    return UserError(*lines)

@@ -41,7 +41,7 @@ class Source:
 
     ``path``: a file (.jsonl .json .csv .parquet .txt), a folder of them, a glob, a list of these, or a Hub name.
     ``split``: "train", or with a slice in file order, "train[:95%]", "train[-500:]": the Hub's words, local files too.
-    ``subset``, ``revision``: of a Hub name. ``max_rows``: stop after so many.
+    ``subset``, ``revision``: of a Hub name; a subset with a slash is a folder of it. ``max_rows``: stop after so many.
     """
 
     path: str | list[str]
@@ -52,6 +52,16 @@ class Source:
 
     def __str__(self) -> str:
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+
+def capped(path: str | list[str], max_rows: int | None) -> tuple[str | list[str], int | None]:
+    """("data.jsonl#1000", None) -> ("data.jsonl", 1000): a path's own cap, if it is no file of that name."""
+    found = re.fullmatch(r"(.+)#(\d+)", path) if isinstance(path, str) and not Path(path).exists() else None
+    if found is None:
+        return path, max_rows
+    if max_rows is not None:
+        raise UserError(f"dataset.max_rows: {max_rows}, but source is {path!r}; say how many rows in one of them")
+    return found[1], int(found[2])
 
 
 def rows(source: Source) -> Iterator[Row]:
@@ -93,7 +103,9 @@ def _hub_rows(name: str, source: Source) -> Iterator[Row]:
     import datasets  # takes seconds: only for Hub names
 
     try:
-        data = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
+        subset, is_folder = source.subset, "/" in (source.subset or "")
+        where = {"data_dir": subset} if is_folder else {"name": subset}
+        data = datasets.load_dataset(name, **where, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         raise UserError(
             f"{name} is nothing local, and as a Hub data set (subset {source.subset}, split {source.split!r}, "

@@ -11,6 +11,18 @@ from torchft.losses.likelihood import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one data set of several adds."""
+
+    name: str
+    samples: int
+    tokens: int
+    supervised: int
+    weight: float | None
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """Counts of one data set. Tokens are tokens of the samples, without padding."""
 
@@ -26,6 +38,7 @@ class Summary:
     control_text: int  # rows whose text spells a control token; it was encoded as plain text
     max_id: int  # highest token id
     cache: Path | None = None  # the file that the tokens were read from instead of being made
+    sources: tuple[Share, ...] = ()  # of each of several data sets
 
     @property
     def supervised_share(self) -> float:
@@ -46,6 +59,10 @@ class Summary:
         out += [f"{n:,} rows dropped ({n / self.rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
         if self.control_text:
             out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
+        for share in self.sources:
+            weight = f"weight {share.weight:g}, " if share.weight is not None else ""
+            stage = f"stage {share.stage}, " if len({s.stage for s in self.sources}) > 1 else ""
+            out.append(f"  {share.name}: {stage}{weight}{share.samples:,} samples, {share.tokens:,} tokens")
         if self.cache:
             out.append(f"tokenised by an earlier run ({self.cache.parent})")
         return out
@@ -78,19 +95,32 @@ class Summary:
 
 def summarise(samples: Samples) -> Summary:
     """Count what ``samples`` holds."""
-    counts = samples.counts
-    labels, tokens = samples.labels, samples.tokens
+    counts, starts = samples.counts, samples.starts
+    tokens = torch.frombuffer(samples.tokens, dtype=torch.int32) if samples.tokens else torch.zeros(0)
+    trained = torch.frombuffer(samples.labels, dtype=torch.int32) != IGNORE if samples.tokens else torch.zeros(0)
+    shares = tuple(
+        Share(
+            name=part.name,
+            samples=part.stop - part.start,
+            tokens=starts[part.stop] - starts[part.start],
+            supervised=int(trained[starts[part.start] : starts[part.stop]].sum()),
+            weight=part.weight,
+            stage=part.stage,
+        )
+        for part in samples.parts
+    )
     return Summary(
         rows=counts.rows,
         samples=len(samples),
         tokens=len(tokens),
-        supervised=int((torch.frombuffer(labels, dtype=torch.int32) != IGNORE).sum()) if labels else 0,
+        supervised=int(trained.sum()),
         longest=counts.longest,
         seq_len=samples.seq_len,
         truncated=counts.truncated,
         split=counts.split,
         dropped=dict(counts.dropped),
         control_text=counts.control_text,
-        max_id=int(torch.frombuffer(tokens, dtype=torch.int32).max()) if tokens else -1,
+        max_id=int(tokens.max()) if len(tokens) else -1,
         cache=samples.cache,
+        sources=shares if len(shares) > 1 else (),
     )

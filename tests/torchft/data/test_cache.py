@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from letters import Letters, turns, write_jsonl
 
-from torchft.data import cache, datasets
+from torchft.data import builder, cache, datasets
 from torchft.data.loader import Loader
 from torchft.data.summary import summarise
 from torchft.models import llama3
@@ -25,8 +25,8 @@ def kept(tmp_path, monkeypatch):
 def made(monkeypatch):
     """How often rows were tokenised."""
     calls = []
-    collect = datasets.collect
-    monkeypatch.setattr(datasets, "collect", lambda *a, **k: calls.append(1) or collect(*a, **k))
+    collect = builder.collect
+    monkeypatch.setattr(builder, "collect", lambda *a, **k: calls.append(1) or collect(*a, **k))
     return calls
 
 
@@ -45,7 +45,7 @@ def data(tmp_path):
 
 
 def build(source, **changes):
-    return datasets.chat(source, **{"tokenizer": tokenizer(), "seq_len": 30} | changes)
+    return datasets.chat(source, **{"tokenizer": tokenizer(), "seq_len": 30} | changes).samples()
 
 
 def test_what_is_read_is_what_was_made(data, made, kept):
@@ -84,7 +84,7 @@ def test_another_function_and_other_data_are_other_files(data, made, tmp_path):
     build(data)
     datasets.instruct(
         write_jsonl(tmp_path / "i.jsonl", [{"prompt": "a", "completion": "b"}]), tokenizer=tokenizer(), seq_len=30
-    )
+    ).samples()
     status = os.stat(data)
     write_jsonl(tmp_path / "d.jsonl", [turns("Ho", "Yo"), *ROWS[1:]])
     os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # contents count, not times and sizes
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_made_again(data, made, kept, damage, caplog):
 
 
 def test_errors_are_not_kept(tmp_path, kept, made):
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": 7}])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [turns("a", "b"), {"messages": 7}])
     for _ in range(2):
         with pytest.raises(Exception, match="messages"):
             build(bad)

@@ -14,7 +14,7 @@ USER, ASSISTANT, SYSTEM = ROLES["user"], ROLES["assistant"], ROLES["system"]
 
 def build(builder, tmp_path, rows, *, seq_len=100, has_chat=True, **options):
     path = write_jsonl(tmp_path / "d.jsonl", rows)
-    return builder(path, tokenizer=Letters(has_chat=has_chat), seq_len=seq_len, **options)
+    return builder(path, tokenizer=Letters(has_chat=has_chat), seq_len=seq_len, **options).samples()
 
 
 def shown(sample):
@@ -118,7 +118,7 @@ def test_completion_trains_everything_and_splits(tmp_path):
     cut = build(completion, tmp_path, [{"text": "abcdef"}], seq_len=4, too_long="truncate", add_eos=False)
     assert [shown(s) for s in cut] == ["<bos>[abc]"]
     (tmp_path / "book.txt").write_text("ab\ncd\n")
-    book = completion(str(tmp_path / "book.txt"), tokenizer=Letters(), seq_len=100)
+    book = completion(str(tmp_path / "book.txt"), tokenizer=Letters(), seq_len=100).samples()
     assert [shown(s) for s in book] == ["<bos>[ab\ncd\n<eos>]"]
 
 
@@ -131,7 +131,7 @@ def test_chat_without_chat_template_is_refused(tmp_path):
 def test_d4_missing_column_names_file_line_and_a_column_map(tmp_path):
     rows = [{"question": "Hi", "answer": "Yo"}] * 3
     message = refused(chat, tmp_path, rows)
-    assert message.startswith(f"{tmp_path}/d.jsonl:1 and 2 more rows: no column 'instruction', 'output'")
+    assert message.startswith(f"{tmp_path}/d.jsonl:1: no column 'instruction', 'output'")
     assert "Try column_map: {instruction: question, output: answer}" in message
     assert "no column 'text'; the columns are ['question', 'answer']" in refused(completion, tmp_path, rows)
     assert "no column 'text'" in refused(completion, tmp_path, [{"text": "a"}, {"txt": "b"}])
@@ -156,10 +156,10 @@ def test_d6_empty_rows_are_counted_or_refused(tmp_path):
     assert (summary.rows, summary.samples, summary.dropped) == (6, 1, {"empty": 5})
     assert "d.jsonl:2 and 1 more rows: assistant message is empty" in refused(chat, tmp_path, rows, empty_rows="error")
     (tmp_path / "d.csv").write_text("text\nab\n \ncd\n")
-    from_csv = completion(str(tmp_path / "d.csv"), tokenizer=Letters(), seq_len=9)
+    from_csv = completion(str(tmp_path / "d.csv"), tokenizer=Letters(), seq_len=9).samples()
     assert (len(from_csv), dict(from_csv.counts.dropped)) == (2, {"empty": 1})
     (tmp_path / "n.jsonl").write_text('{"text": NaN}\n{"text": "ab"}\n')
-    assert len(completion(str(tmp_path / "n.jsonl"), tokenizer=Letters(), seq_len=9)) == 1
+    assert len(completion(str(tmp_path / "n.jsonl"), tokenizer=Letters(), seq_len=9).samples()) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,4 +221,4 @@ def test_deep_json_of_messages_does_not_crash(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_text(json.dumps(turns("a", "b")) + "\n" + '{"messages": ' + "[" * 50_000 + "]" * 50_000 + "}\n")
     with pytest.raises(UserError, match=r"deep.jsonl:2"):
-        chat(str(path), tokenizer=Letters(), seq_len=10)
+        chat(str(path), tokenizer=Letters(), seq_len=10).samples()

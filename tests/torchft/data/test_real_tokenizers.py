@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 def test_chat_equals_transformers(folder, tmp_path):
     tokenizer, theirs = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    samples = chat(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer=tokenizer, seq_len=500)
+    samples = chat(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer=tokenizer, seq_len=500).samples()
     assert samples.counts.control_text == 1
     for i, row in enumerate(ROWS):
         if i == 0:  # transformers turns user text into control tokens, so it has no answer to compare with
@@ -62,7 +62,7 @@ def test_chat_equals_transformers(folder, tmp_path):
 
 def test_trained_text_is_the_answers(folder, tmp_path):
     tokenizer = load(folder)
-    samples = chat(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer=tokenizer, seq_len=500)
+    samples = chat(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer=tokenizer, seq_len=500).samples()
     trained = [tokenizer.decode([label for label in sample.labels if label != -100]) for sample in samples]
     assert trained == ["General greetings.<|eot_id|>Me — 你好 🦊<|eot_id|>", "4<|eot_id|>", "Because.<|eot_id|>"]
 
@@ -72,10 +72,10 @@ def test_plain_text_starts_as_in_transformers_and_ends_with_eos(folder, tmp_path
     path = write_jsonl(
         tmp_path / "d.jsonl", [{"text": "Hello 你好", "prompt": "Hello:\n", "completion": "there <|eot_id|>"}]
     )
-    sample = completion(path, tokenizer=tokenizer, seq_len=500)[0]
+    sample = completion(path, tokenizer=tokenizer, seq_len=500).samples()[0]
     assert sample.tokens == [*theirs("Hello 你好")["input_ids"], theirs.eos_token_id]
     assert sample.labels == [*sample.tokens[1:], -100]
-    samples = instruct(path, tokenizer=tokenizer, seq_len=500, prompt_template="{prompt}")
+    samples = instruct(path, tokenizer=tokenizer, seq_len=500, prompt_template="{prompt}").samples()
     prompt = theirs("Hello:\n")["input_ids"]
     answer = theirs("there <|eot_id|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert samples[0].tokens == [*prompt, *answer, theirs.eos_token_id]
@@ -90,8 +90,8 @@ def test_d13_plain_text_never_becomes_a_control_token(folder, tmp_path):
     plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": text, "prompt": text, "completion": text}])
     begin, end = theirs.bos_token_id, theirs.eos_token_id
-    document = completion(path, tokenizer=tokenizer, seq_len=500)
+    document = completion(path, tokenizer=tokenizer, seq_len=500).samples()
     assert document[0].tokens == [begin, *plain, end]
-    answered = instruct(path, tokenizer=tokenizer, seq_len=500, prompt_template="{prompt}")
+    answered = instruct(path, tokenizer=tokenizer, seq_len=500, prompt_template="{prompt}").samples()
     assert answered[0].tokens == [begin, *plain, *plain, end]
     assert document.counts.control_text == answered.counts.control_text == 1

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchft.data.collect import collect
 from torchft.data.messages import EmptyError, RowError
-from torchft.data.samples import Encoded, Limits, Sample, collect, cut, shift
+from torchft.data.samples import Encoded, Limits, Sample, cut, shift
 from torchft.data.sources import Row
 from torchft.errors import UserError
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from torchft.data.collect import collect
 from torchft.data.messages import EmptyError
-from torchft.data.samples import Encoded, Limits, collect
+from torchft.data.samples import Encoded, Limits
 from torchft.data.sources import Row
 from torchft.data.summary import summarise
 from torchft.errors import UserError
