@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
-from torchft.hub_names import HubNames, Piece, pieces
+from torchft.hub_names import HubNames, Piece, hub_shapes, pieces
 from torchft.ranks import Region, from_main, is_main, local, region, whole
 from torchft.staging import Staging
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
@@ -202,15 +202,7 @@ def hub_format(model: nn.Module) -> HubFormat:
 
 def _check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubNames) -> None:
     """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
-    want: dict[str, list[int]] = {}
-    for piece in (piece for parts in plan.values() for piece in parts):
-        shape = list(piece.shape)
-        if piece.transposed:
-            shape[-2], shape[-1] = shape[-1], shape[-2]
-        if piece.hub in want:
-            want[piece.hub][0] += shape[0]  # fused along dim 0
-        else:
-            want[piece.hub] = shape
+    want = hub_shapes(piece for parts in plan.values() for piece in parts)
     have = {n for n in files.names() if not re.search(names.ignored, n)}
     problems = []
     if "lm_head.weight" in have - set(want):

@@ -6,10 +6,12 @@ stacked weight of ours that is stored as tensors of one expert each (Mixtral, Qw
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+STACKED = {r"(\.experts\.\w+)\.weight$": r"\1"}  # transformers 5: stacked weights are no modules
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,17 @@ def pieces(params: Mapping[str, Tensor], names: HubNames) -> Iterator[Piece]:
                 hub = re.sub(names.per_expert, rf"\g<0>.{expert}", names.rename(part), count=1)
                 rows = slice(i * step, (i + 1) * step)
                 yield Piece(name, hub, (step, *shape[2:]), expert, rows if len(halves) > 1 else None)
+
+
+def hub_shapes(parts: Iterable[Piece]) -> dict[str, list[int]]:
+    """The shapes of the Hub's tensors that hold ``parts``, by name."""
+    shapes: dict[str, list[int]] = {}
+    for piece in parts:
+        shape = list(piece.shape)
+        if piece.transposed:
+            shape[-2], shape[-1] = shape[-1], shape[-2]
+        if piece.hub in shapes:
+            shapes[piece.hub][0] += shape[0]  # fused along dim 0
+        else:
+            shapes[piece.hub] = shape
+    return shapes

@@ -3,6 +3,6 @@
 A value of ``RELEASED`` is ``{repository: (config.json, parameters)}``, the parameters without a repeated tied head.
 """
 
-from released import gemma2, llama, qwen3
+from released import gemma2, llama, mixtral, qwen3, qwen3_moe
 
-RELEASED = llama.RELEASED | qwen3.RELEASED | gemma2.RELEASED
+RELEASED = llama.RELEASED | qwen3.RELEASED | gemma2.RELEASED | mixtral.RELEASED | qwen3_moe.RELEASED

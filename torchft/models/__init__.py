@@ -9,7 +9,7 @@ import torch
 from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
-from torchft.models import gemma2, llama2, llama3, qwen3
+from torchft.models import gemma2, llama2, llama3, mixtral, qwen3, qwen3_moe
 from torchft.models.config_json import ConfigJson, unread
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
@@ -18,12 +18,16 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build``
     "gemma2": gemma2,
     "llama2": llama2,
     "llama3": llama3,
+    "mixtral": mixtral,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }
 ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Gemma2ForCausalLM": gemma2,
     "LlamaForCausalLM": llama3,
+    "MixtralForCausalLM": mixtral,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
 }
 
 

@@ -96,7 +96,7 @@ def wrong_numbers(fields, path=()):
             yield from wrong_numbers(value, (*path, key))
         elif key == "sliding_window" and value:
             yield (*path, key), value + 1
-        elif type(value) is float or (type(value) is int and path and key not in SHAPES):
+        elif (type(value) is float and value) or (type(value) is int and path and key not in SHAPES):
             yield (*path, key), value * 1.5 if type(value) is float else value * 2
 
 

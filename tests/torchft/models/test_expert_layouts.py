@@ -1,0 +1,73 @@
+"""Experts in files: transformers' own stacked layout beside the per-expert one; parts of them; each gathered once."""
+
+import pytest
+import torch
+from families import experts
+from safetensors.torch import load_file
+from tiny import transformers_model
+
+from torchft import hub, models
+from torchft.errors import UserError
+from torchft.weights import WeightFiles
+
+PER_EXPERT = {name: case for name, case in experts.CASES.items() if name in ("mixtral", "qwen3_moe")}
+each_family = pytest.mark.parametrize("case", PER_EXPERT.values(), ids=PER_EXPERT)
+
+
+def stacked_folder(case, folder):
+    transformers_model(**case).save_pretrained(folder, save_original_format=False)
+    return folder
+
+
+@each_family
+def test_both_layouts_load_alike(case, tmp_path):
+    transformers_model(**case).save_pretrained(tmp_path / "per_expert")
+    a = models.load(tmp_path / "per_expert", dtype=torch.float32)
+    b = models.load(stacked_folder(case, tmp_path / "stacked"), dtype=torch.float32)
+    names = [set(load_file(tmp_path / kind / "model.safetensors")) for kind in ("per_expert", "stacked")]
+    assert len(names[0]) > len(names[1])
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@each_family
+def test_what_is_missing_of_a_layout_is_said_in_its_names(case, tmp_path):
+    folder = stacked_folder(case, tmp_path / "stacked")
+    json = models.config_json(folder)
+    expert_count = "num_local_experts" if "num_local_experts" in json else "num_experts"
+    model = models.build(json | {expert_count: 6})
+    with pytest.raises(UserError, match=r"mlp.experts.gate_up_proj has shape \[\d+, \d+, 64\], but .* \[6, \d+, 64\]"):
+        hub.load_weights(model, folder)
+
+
+def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
+    """Of an expert's matrices as much as a region says, and nothing of other experts."""
+    transformers_model(**experts.QWEN3_MOE).save_pretrained(tmp_path)
+    model = models.load(tmp_path, dtype=torch.float32)
+    name = "layers.0.mlp.experts.gate_up_proj.weight"
+    parts = list(hub.pieces({name: model.get_parameter(name)}, hub.hub_format(model).names))
+    read = []
+    original = WeightFiles.read
+    monkeypatch.setattr(
+        WeightFiles, "read", lambda self, n, *region: read.append((n, region)) or original(self, n, *region)
+    )
+    wanted = (slice(2, 4), slice(30, 50), slice(0, 64))  # rows of the gate's end and of the up's beginning: 40 each
+    got = hub._read(WeightFiles(tmp_path), parts, wanted)
+    assert torch.equal(got, model.get_parameter(name)[wanted])
+    word = "model.layers.0.mlp.experts"
+    halves = {"gate_proj": slice(30, 40), "up_proj": slice(0, 10)}
+    assert read == [(f"{word}.{e}.{h}.weight", (rows, slice(0, 64))) for e in (2, 3) for h, rows in halves.items()]
+
+
+def test_a_stacked_weight_is_gathered_once(tmp_path):
+    transformers_model(**experts.QWEN3_MOE).save_pretrained(tmp_path / "in")
+    model = models.load(tmp_path / "in", dtype=torch.float32)
+    asked = []
+
+    def read(name):
+        asked.append(name)
+        return model.get_parameter(name).detach()
+
+    hub.save(model, tmp_path / "out", read=read, shard_bytes=20_000)
+    assert sorted(asked) == sorted(dict(model.named_parameters()))
+    again = models.load(tmp_path / "out", dtype=torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
