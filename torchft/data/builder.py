@@ -116,17 +116,20 @@ class Dataset:
 Make = Callable[..., Encoder]
 
 
-def builder(make: Make | None = None, *, splits: bool = False, **defaults: Any) -> Callable[..., Any]:
+def builder(
+    make: Make | None = None, *, splits: bool = False, whole: bool = False, **defaults: Any
+) -> Callable[..., Any]:
     """``make(tokenizer, example, *, its own) -> Encoder`` as ``(source, *, tokenizer, seq_len, ...) -> Dataset``.
 
     ``example`` is a row of the data, to tell a format by; EmptyError asks for the next one.
 
     Args:
         splits: whether ``too_long: split`` is allowed, which cuts text anywhere.
+        whole: whether nothing is ever cut, because it would change what is judged: only drop and error are allowed.
         defaults: other defaults of Reading, for example the source.
     """
     if make is None:
-        return partial(builder, splits=splits, **defaults)
+        return partial(builder, splits=splits, whole=whole, **defaults)
     own = list(inspect.signature(make).parameters.values())[2:]
     own_names = {parameter.name for parameter in own}
 
@@ -136,6 +139,10 @@ def builder(make: Make | None = None, *, splits: bool = False, **defaults: Any) 
         reading = Reading(**defaults | ({} if source is None else {"source": source}) | read)
         if reading.too_long == "split" and not splits:
             raise UserError("dataset.too_long: only raw text is split; a conversation is cut at its end, or dropped")
+        if reading.too_long in ("split", "truncate") and whole:
+            raise UserError(
+                "dataset.too_long: an answer that is judged is never cut; drop or error, and a longer seq_len"
+            )
         filters_of.check(reading.filters or {})
         keywords = {p.name: p.default for p in own} | {key: given[key] for key in own_names & given.keys()}
         return Dataset(builder=build, own=keywords, reading=reading, tokenizer=tokenizer, seq_len=seq_len)

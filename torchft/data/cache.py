@@ -62,7 +62,7 @@ def _versions() -> list[str]:
 
 def _write(file: Path, samples: Samples) -> None:
     """Keep ``samples``: a line of JSON, then the arrays. A disk that has no room costs a warning, not the run."""
-    parts = (samples.starts, samples.numbers, samples.tokens, samples.labels)
+    parts = _arrays(samples)
     about = {
         "seq_len": samples.seq_len,
         "pad_id": samples.pad_id,
@@ -96,8 +96,8 @@ def _read(file: Path) -> Samples | None:
         with open(file, "rb") as f:
             about = json.loads(f.readline())
             samples = Samples(seq_len=about["seq_len"], pad_id=about["pad_id"])
-            parts = [array(kind) for kind in "qqii"]
-            for part, length in zip(parts, about["lengths"], strict=True):
+            samples.starts = array("q")
+            for part, length in zip(_arrays(samples), about["lengths"], strict=True):
                 part.fromfile(f, length)
         os.utime(file)  # used now
     except FileNotFoundError:
@@ -105,7 +105,6 @@ def _read(file: Path) -> Samples | None:
     except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
         log.warning("%s is damaged (%s): tokenising again", file, e)
         return None
-    samples.starts, samples.numbers, samples.tokens, samples.labels = parts
     samples.origins = [(first, origin) for first, origin in about["origins"]]
     samples.counts = Counts(**about["counts"] | {"dropped": Counter(about["counts"]["dropped"])})
     if samples.fingerprint() != about["fingerprint"]:
@@ -113,6 +112,10 @@ def _read(file: Path) -> Samples | None:
         return None
     samples.cache = file
     return samples
+
+
+def _arrays(samples: Samples) -> tuple[array, ...]:
+    return samples.starts, samples.numbers, samples.tokens, samples.labels, samples.borders, samples.targets
 
 
 def _make_room(folder: Path, limit: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torchft.data.messages import EmptyError, FilteredError, RowError, Values
-from torchft.data.samples import Counts, Encoded, Limits, Sample, Samples, cut, shift
+from torchft.data.samples import Counts, Encoded, Limits, Sample, Samples, cut, learned
 from torchft.data.sources import Row
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
@@ -44,7 +44,7 @@ def make(values: Values, encode: Callable[[Values], Encoded], limits: Limits) ->
         problem = f"{length} tokens are more than seq_len {limits.seq_len}; {ways}"
         return Made([], "too long", problem if limits.too_long == "error" else "", length, control)
     pieces = cut(encoded, limits.seq_len, split=limits.too_long == "split")
-    samples = [shift(piece.tokens, piece.train) for piece in pieces]
+    samples = [learned(piece) for piece in pieces]
     trained = [sample for sample in samples if any(label != IGNORE for label in sample.labels)]
     if not trained:
         why = "cut before the first trained token" if any(encoded.train[1:]) else "nothing to train on"
@@ -92,7 +92,8 @@ def _digest(samples: list[Sample]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(array("i", sample.tokens))
-        digest.update(array("i", sample.labels))
+        digest.update(array("i", [*sample.labels, sample.border]))
+        digest.update(array("f", sample.targets))
     return digest.digest()
 
 

@@ -49,8 +49,8 @@ def prompt_and_answer(row: Values, *, tokenizer: Tokenizer, template: str | None
         text(row, "instruction")  # which, unlike "input", must not be empty
         prompt = fill(PROMPT if is_null(row.get("input")) or row["input"] == "" else PROMPT_WITH_INPUT, row)
     answer = text(row, "completion" if "completion" in row else "output")
-    before = [*_start(tokenizer), *_plain(tokenizer, prompt)]
-    after = [*_plain(tokenizer, answer), tokenizer.eos_id]
+    before = [*start_ids(tokenizer), *plain_ids(tokenizer, prompt)]
+    after = [*plain_ids(tokenizer, answer), tokenizer.eos_id]
     train = [train_on == "all"] * len(before) + [True] * len(after)
     return Encoded(before + after, train, tokenizer.num_control(prompt) + tokenizer.num_control(answer) > 0)
 
@@ -58,7 +58,7 @@ def prompt_and_answer(row: Values, *, tokenizer: Tokenizer, template: str | None
 def document(row: Values, *, tokenizer: Tokenizer, add_eos: bool) -> Encoded:
     """The column "text", all of it trained, with the end-of-text token."""
     content = text(row, "text")
-    tokens = [*_start(tokenizer), *_plain(tokenizer, content), *[tokenizer.eos_id] * add_eos]
+    tokens = [*start_ids(tokenizer), *plain_ids(tokenizer, content), *[tokenizer.eos_id] * add_eos]
     return Encoded(tokens, [True] * len(tokens), tokenizer.num_control(content) > 0)
 
 
@@ -95,12 +95,12 @@ def rendered(tokenizer: Tokenizer, messages_of: Callable[[Values], list[Message]
     return partial(conversation, tokenizer=tokenizer, messages_of=messages_of, **options)
 
 
-def _start(tokenizer: Tokenizer) -> list[int]:
+def start_ids(tokenizer: Tokenizer) -> list[int]:
     """The beginning-of-text token, if this checkpoint puts it before a text."""
     return [i for i in tokenizer.encode("", add_special_tokens=True)[:1] if i == tokenizer.bos_id]
 
 
-def _plain(tokenizer: Tokenizer, content: str) -> list[int]:
+def plain_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """The tokens of text in which nothing is a control token."""
     try:
         return tokenizer.encode(content, control=False)

@@ -31,15 +31,18 @@ PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes i
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """b rows of s tokens. In packed rows ``positions`` restart at 0 with each sample and with the final padding."""
+    """b rows of s tokens. Where rows hold several documents ``positions`` restart at 0 with each, padding included."""
 
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
-    positions: Tensor | None  # [b, s] int64; None: every row is one sample from 0, padded at its end
-    documents: tuple[int, int] | None  # in packed rows: how many there are, and the tokens of the longest
+    positions: Tensor | None  # [b, s] int64; None: every row is one document from 0, padded at its end
+    documents: tuple[int, int] | None  # where there are positions: how many there are, and the tokens of the longest
+    documents_of: Tensor  # [samples, 1 or 2] int64: which documents, in reading order, are each sample's
+    targets: Tensor | None  # [samples, ...] fp32: the numbers to learn of each sample
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     num_tokens: int  # of rows that hold samples, padding after them included
     all_supervised: int  # of this batch of all ranks, by which each divides its loss
+    all_samples: int  # of this batch of all ranks
     samples: tuple[int, ...]  # which samples are in it, by their place in the order of the data
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
@@ -53,8 +56,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        positions = None if self.positions is None else function(self.positions)
-        return replace(self, tokens=function(self.tokens), labels=function(self.labels), positions=positions)
+        moved: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 class Loader:
@@ -103,6 +106,10 @@ class Loader:
         self._labels = torch.frombuffer(samples.labels, dtype=torch.int32)  # [t], a view
         until = torch.cat([torch.zeros(1, dtype=torch.int64), (self._labels != IGNORE).cumsum(0)])  # before each token
         self._supervised = until[torch.as_tensor(samples.starts)].diff()  # [samples]
+        self._are_pairs = samples.are_pairs
+        self._targets = None
+        if samples.targets:
+            self._targets = torch.frombuffer(samples.targets, dtype=torch.float32).view(len(samples), -1)  # a view
         self._fingerprint = samples.fingerprint()
 
     def __len__(self) -> int:
@@ -198,34 +205,42 @@ class Loader:
 
     def _collate(self, rows: list[list[int]], *, of: list[list[int]]) -> Batch:
         """This rank's ``rows`` as a batch; ``of``: those of all ranks."""
-        starts = self.samples.starts
         b, s = self.batch_size if self.one_shape else max(1, len(rows)), self._row_length(rows)
         tokens = torch.full((b, s), self.samples.pad_id)
         labels = torch.full((b, s), IGNORE)
         count = torch.arange(s)
-        positions = count.repeat(b, 1) if self.packed else None  # an empty row is one document
+        positions = count.repeat(b, 1) if self.packed or self._are_pairs else None  # an empty row is one document
+        documents_of, num_documents = list[list[int]](), 0
         for r, row in enumerate(rows):
             at = 0
             for sample in row:
-                start, stop = starts[sample], starts[sample + 1]
-                n = stop - start
-                tokens[r, at : at + n] = self._tokens[start:stop]
-                labels[r, at : at + n] = self._labels[start:stop]
-                if positions is not None:
-                    positions[r, at : at + n] = count[:n]
-                at += n
-            if positions is not None:
+                documents = self.samples.documents(sample)
+                documents_of.append(list(range(num_documents, num_documents + len(documents))))
+                num_documents += len(documents)
+                for document in documents:
+                    n = document.stop - document.start
+                    tokens[r, at : at + n] = self._tokens[document]
+                    labels[r, at : at + n] = self._labels[document]
+                    if positions is not None:
+                        positions[r, at : at + n] = count[:n]
+                    at += n
+            if positions is not None and at < s:
                 positions[r, at:] = count[: s - at]  # the padding is a document of its own
+                num_documents += 1
+        chosen = [sample for row in rows for sample in row]
         return Batch(
             tokens=tokens,
             labels=labels,
             positions=positions,
             documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
+            documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(chosen), 1 + self._are_pairs),
+            targets=None if self._targets is None else self._targets[chosen],
             num_tokens=len(rows) * s,
             num_supervised=int((labels != IGNORE).sum()),
             all_supervised=int(self._supervised[[sample for row in of for sample in row]].sum()),
-            samples=tuple(sample for row in rows for sample in row),
-            where=tuple(self.samples.where(sample) for row in rows for sample in row),
+            all_samples=sum(map(len, of)),
+            samples=tuple(chosen),
+            where=tuple(self.samples.where(sample) for sample in chosen),
         )
 
     def _row_length(self, rows: list[list[int]]) -> int:

@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,9 @@ class Encoded(NamedTuple):
     tokens: list[int]
     train: list[bool]
     has_control_text: bool = False
+    border: int = 0  # tokens of the first of two documents, a pair; 0: all are of one
+    targets: tuple[float, ...] = ()  # numbers to learn besides
+    labels: list[int] | None = None  # what is to be learned at each token, if not the next one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Sample:
 
     tokens: list[int]
     labels: list[int]
+    border: int = 0  # tokens of the first of two documents; 0: there is one
+    targets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,8 @@ class Samples:
     def __init__(self, *, seq_len: int, pad_id: int) -> None:
         self.seq_len, self.pad_id = seq_len, pad_id
         self.tokens, self.labels, self.starts = array("i"), array("i"), array("q", [0])
+        self.borders = array("i")  # of each sample, tokens of the first of its two documents; 0: it is one
+        self.targets = array("f")  # numbers to learn, as many for each sample
         self.counts = Counts()
         self.numbers = array("q")  # where a sample came from: its row's number ...
         self.origins: list[tuple[int, str]] = []  # ... and (first sample, origin), ascending
@@ -99,16 +106,24 @@ class Samples:
         self.tokens.extend(sample.tokens)
         self.labels.extend(sample.labels)
         self.starts.append(len(self.tokens))
+        self.borders.append(sample.border)
+        self.targets.extend(sample.targets)
         self.numbers.append(number)
         self._fingerprint = ""
 
     def extend(self, other: "Samples", part: Part) -> None:
-        """Append all samples of another data set as a part of this one."""
+        """Append all samples of another data set as a part of this one. UserError if they are of another kind."""
+        if len(self) and (self.are_pairs, self.num_targets) != (other.are_pairs, other.num_targets):
+            raise UserError(
+                f"datasets: {part.name} holds another kind of samples than those before it; do not mix them"
+            )
         self.origins += [(first + len(self), origin) for first, origin in other.origins]
         end = len(self.tokens)
         self.starts.extend(array("q", [end + start for start in other.starts[1:]]))
         self.tokens.extend(other.tokens)
         self.labels.extend(other.labels)
+        self.borders.extend(other.borders)
+        self.targets.extend(other.targets)
         self.numbers.extend(other.numbers)
         self.counts.add(other.counts)
         self.parts.append(part)
@@ -121,7 +136,27 @@ class Samples:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, stop = self.starts[index], self.starts[index + 1]
-        return Sample(tokens=self.tokens[start:stop].tolist(), labels=self.labels[start:stop].tolist())
+        return Sample(
+            tokens=self.tokens[start:stop].tolist(),
+            labels=self.labels[start:stop].tolist(),
+            border=self.borders[index],
+            targets=tuple(self.targets[index * self.num_targets : (index + 1) * self.num_targets]),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Numbers to learn of each sample."""
+        return len(self.targets) // max(len(self), 1)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether each sample is two documents: of a pair the chosen one, then the rejected one."""
+        return any(self.borders)
+
+    def documents(self, index: int) -> list[slice]:
+        """The places in ``tokens`` of sample ``index``'s documents: one, or two."""
+        start, border, stop = self.starts[index], self.borders[index], self.starts[index + 1]
+        return [slice(start, start + border), slice(start + border, stop)] if border else [slice(start, stop)]
 
     def lengths(self) -> list[int]:
         return [stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False)]
@@ -135,16 +170,23 @@ class Samples:
         """Hex digest of every token, label and border: it changes with the data, the tokenizer or the template."""
         if not self._fingerprint:  # of a billion tokens it takes seconds
             digest = hashlib.sha256()
-            for part in (self.starts, self.tokens, self.labels):
+            for part in (self.starts, self.tokens, self.labels, self.borders, self.targets):
                 digest.update(part)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
 
 def shift(tokens: list[int], train: list[bool]) -> Sample:
-    """The sample that predicts every trained token from those before it."""
+    """The sample that predicts every trained token from those before it, so never the first of a document."""
     labels = [token if trained else IGNORE for token, trained in zip(tokens[1:], train[1:], strict=True)]
     return Sample(tokens=tokens, labels=[*labels, IGNORE])
+
+
+def learned(encoded: Encoded) -> Sample:
+    """The sample of a row whose tokens fit."""
+    if encoded.labels is not None:
+        return Sample(tokens=encoded.tokens, labels=encoded.labels, targets=encoded.targets)
+    return replace(shift(encoded.tokens, encoded.train), border=encoded.border, targets=encoded.targets)
 
 
 def cut(encoded: Encoded, seq_len: int, *, split: bool) -> list[Encoded]:
@@ -152,5 +194,17 @@ def cut(encoded: Encoded, seq_len: int, *, split: bool) -> list[Encoded]:
 
     Nothing is appended at a cut: an end-of-text token there would teach the model to stop in mid-sentence.
     """
+    if len(encoded.tokens) <= seq_len:
+        return [encoded]
+    assert not encoded.border, "a pair is kept whole or dropped"
     starts = range(0, max(len(encoded.tokens) - 1, 1), seq_len - 1) if split else [0]
-    return [Encoded(encoded.tokens[i : i + seq_len], encoded.train[i : i + seq_len]) for i in starts]
+    labels, targets = encoded.labels, encoded.targets
+    return [
+        Encoded(
+            encoded.tokens[i : i + seq_len],
+            encoded.train[i : i + seq_len],
+            targets=targets,
+            labels=None if labels is None else labels[i : i + seq_len],
+        )
+        for i in starts
+    ]
