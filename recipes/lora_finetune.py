@@ -53,6 +53,7 @@ from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
+from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
@@ -112,6 +113,7 @@ class Config:
     lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
         "torchft.training.schedules.cosine", {"warmup_share": 0.03}
     )
+    routing: RoutingConfig = field(default_factory=RoutingConfig)  # of a mixture of experts: how even its load is kept
     clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
     guard: GuardConfig = field(default_factory=GuardConfig)  # what happens when a step is not finite or the loss leaps
     seed: Annotated[int, Range(min=0)] = 0
@@ -132,6 +134,8 @@ class Config:
             yield "dataset: give one data set here, or several in datasets"
         if self.nf4 and self.fp8:
             yield "nf4, fp8: the base has one format; leave one of the sections out"
+        if self.routing.bias_speed:
+            yield "routing.bias_speed: it changes the base, which LoRA freezes; use routing.balance or full_finetune"
         if self.eval_every and not self.dataset_eval and not self.exact_match:
             yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
         if not self.export:
@@ -238,6 +242,7 @@ def train(config: Config, run: Run, world: World) -> None:
         **shape,
     )
     load_base(config, model, world)
+    routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     check_savable(optimizer)
     plan = settle(
@@ -251,6 +256,7 @@ def train(config: Config, run: Run, world: World) -> None:
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
     how |= {"rank": world.rank, "num_ranks": world.size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    routing.begin(micro_steps=micro_steps)
     loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
@@ -324,13 +330,14 @@ def train(config: Config, run: Run, world: World) -> None:
             step += 1
 
             end_of_step()
+            routing.end_of_step()
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row()
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:

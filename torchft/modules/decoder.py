@@ -194,12 +194,13 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float = 0.02) -> None:
-    """Random weights for training from scratch: normal with ``std``, norms one, biases zero."""
+    """Random weights for training from scratch: normal with ``std``, norms one, biases and the like zero."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            w = module.weight  # of a sharded model each rank draws all: how many they are decides nothing
-            copy_part(w, nn.init.normal_(torch.empty(w.shape, dtype=w.dtype, device=w.device), std=std))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (RMSNorm, nn.LayerNorm)):
+        if isinstance(module, (RMSNorm, nn.LayerNorm)):
             module.reset_parameters()
+            continue
+        for name, p in module.named_parameters(recurse=False):
+            if name == "weight":  # of a sharded model each rank draws all: how many they are decides nothing
+                copy_part(p, nn.init.normal_(torch.empty(p.shape, dtype=p.dtype, device=p.device), std=std))
+            else:
+                nn.init.zeros_(p)

@@ -41,6 +41,18 @@ class Experts(nn.Module):
         return self.down_proj(self.act(self.gate_up_proj(x, offsets)), offsets, weights)
 
 
+class SharedGate(nn.Module):
+    """How much of the shared experts a token takes: a sigmoid, [t, d] -> [t, 1]. No nn.Linear: as ``Router``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(nn.functional.linear(x, self.weight))
+
+
 class MoE(nn.Module):
     """Each token's experts, weighted by the router, and the shared experts that all tokens use; [b, s, d] -> [b, s, d].
 
@@ -59,7 +71,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
-        self.shared_gate = nn.Linear(router.weight.shape[1], 1, bias=False) if has_shared_gate else None
+        self.shared_gate = SharedGate(router.weight.shape[1]) if has_shared_gate else None
         self.weighs_input = weighs_input
         self.balance = 0.0  # weight of this layer's load-balancing loss: training/routing.py
         self.counts: Tensor | None = None  # [e] int64 to which forward adds the tokens of each expert: likewise
@@ -76,7 +88,7 @@ class MoE(nn.Module):
         out = self._routed(flat, weights.type_as(x), chosen)
         if self.shared is not None:
             every = self.shared(flat)
-            out = out + (every if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * every)
+            out = out + (every if self.shared_gate is None else self.shared_gate(flat) * every)
         return out.view(x.shape)
 
     def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -87,8 +99,8 @@ class MoE(nn.Module):
         """
         ids, order = chosen.flatten().sort(stable=True)  # [n]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # its inverse
-        num_experts = self.router.weight.shape[0]
-        offsets = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
+        experts = torch.arange(self.router.num_experts, device=x.device)
+        offsets = torch.searchsorted(ids, experts, right=True, out_int32=True)
         rows = spread(x, order, place)  # [n, d]
         scale = spread(weights.reshape(-1, 1), order, place)  # [n, 1]
         if self.weighs_input:

@@ -18,7 +18,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
-        self.top_k, self.in_fp32 = top_k, in_fp32
+        self.num_experts, self.top_k, self.in_fp32 = num_experts, top_k, in_fp32
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.modules.decoder import Decoder
+from torchft.modules.moe import MoE
 from torchft.ranks import gather
 from torchft.training.environment import device_name, seconds_since_start
 from torchft.training.metrics import Row, flops_per_token, mfu, peak_flops, peak_memory_gib
@@ -76,13 +77,20 @@ class Meter:
 
 def training_flops(model: Decoder, *, seq_len: int) -> float:
     """FLOPs per token of training ``model``; ``seq_len`` is the mean length of a document."""
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n}
+    share: dict[Tensor, float] = {  # of a token's experts among all: of their weights only so many multiply it
+        parameter: module.router.top_k / module.router.num_experts
+        for module in model.modules()
+        if isinstance(module, MoE)
+        for parameter in module.experts.parameters()
+        if parameter.ndim == 3
+    }
+    matrices = [p for n, p in model.named_parameters() if (p.ndim == 2 or p in share) and "embed_tokens" not in n]
     head = [model.embed_tokens.weight] if model.lm_head is None else []  # a tied table multiplies too, as the head
-    used = [*matrices.values(), *head]
+    used = [(p.numel() * share.get(p, 1.0), p.requires_grad) for p in (*matrices, *head)]
     config = model.config
     return flops_per_token(
-        num_matrix_params=sum(p.numel() for p in used),
-        num_trainable=sum(p.numel() for p in used if p.requires_grad),
+        num_matrix_params=round(sum(n for n, _ in used)),
+        num_trainable=round(sum(n for n, trained in used if trained)),
         num_layers=config.num_layers,
         attention_dim=config.num_heads * config.head_dim,
         seq_len=seq_len,

@@ -50,7 +50,7 @@ def by_loop(m, x):
             expert = expert if second.bias is None else expert + second.bias[e]
             out = out + (expert if m.weighs_input else weight * expert)
         if m.shared is not None:
-            out = out + m.shared(token) * (1.0 if m.shared_gate is None else m.shared_gate(token).sigmoid())
+            out = out + m.shared(token) * (1.0 if m.shared_gate is None else m.shared_gate(token))
         rows.append(out)
     return torch.stack(rows).view(x.shape)
 
