@@ -16,7 +16,8 @@ from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
 from torchft.ranks import copy_part
 
-Head = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+Project = Callable[[Tensor], Tensor]
+Head = Callable[[Tensor, Project], Tensor]
 WHOLE_DOCUMENT = Sight()
 
 
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
     ) -> dict[Sight, Visible]:
         """What each kind of layer sees of this batch."""
         kinds = set(self.sights)
-        if cache is not None:
+        if cache is not None and cache.num_slots is not None:
             assert positions is not None, "a cache needs positions"
             return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
         head_dim = self.config.head_dim

@@ -1,0 +1,208 @@
+"""The engine against transformers' generate and our own training forward, with few slots for many requests."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from families import CASES
+from tiny import decoder, tokens, transformers_model
+
+from torchft import models
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, lora_layers
+from torchft.generation.engine import Engine
+from torchft.generation.requests import Request
+from torchft.generation.sampling import Sampling
+from torchft.losses.likelihood import token_logps
+
+LENGTHS = (5, 33, 1, 17, 60, 16, 2)
+PROMPTS = [tokens(1, n, seed=n, vocab_size=97)[0].tolist() for n in LENGTHS]
+STOPS = tuple(range(8))  # of 101 tokens: answers end at different steps
+MAX_LEN = 128
+
+
+def engine(model, *, num_slots=3, stop_ids=STOPS, max_len=MAX_LEN, **more):
+    return Engine(model.eval(), num_slots=num_slots, max_len=max_len, stop_ids=stop_ids, **more)
+
+
+def requests(prompts=PROMPTS, **sampling):
+    how = Sampling(**{"max_new_tokens": 40} | sampling)
+    return [Request(prompt=prompt, sampling=how, seed=100 + i) for i, prompt in enumerate(prompts)]
+
+
+def logps_of(model, prompt, answer, temperature=1.0):
+    """Of the tokens of ``answer``, by a training forward."""
+    row = torch.tensor([[*prompt, *answer]])
+    labels = torch.cat((row[:, 1:], torch.full((1, 1), -100)), dim=1)
+    labels[:, : len(prompt) - 1] = -100
+    with torch.no_grad():
+        logps = model(row, head=partial(token_logps, labels=labels, temperature=temperature))
+    return logps[0, len(prompt) - 1 : -1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder().eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_with_refilled_slots_is_transformers(case, tmp_path):
+    """Of every family; windows are passed, and slots are used again by longer and by shorter sequences."""
+    theirs = transformers_model(**CASES[case])
+    theirs.save_pretrained(tmp_path)
+    ours = models.load(tmp_path, dtype=torch.float32)
+    want = []
+    for prompt in PROMPTS:
+        row = torch.tensor([prompt])
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(STOPS), "max_new_tokens": 40}
+        out = theirs.generate(row, attention_mask=torch.ones_like(row), **options)
+        want.append(out[0, len(prompt) :].tolist())
+    found = engine(ours, num_slots=2).complete(requests(temperature=0.0))
+    assert [c.tokens for c in found] == want
+    assert [c.finish for c in found] == ["stop" if answer[-1] in STOPS else "length" for answer in want]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logps_are_those_of_a_training_forward(model, temperature):
+    found = engine(model).complete(requests(temperature=temperature, top_p=0.9))
+    assert sum(len(c.tokens) for c in found) > 50
+    for prompt, c in zip(PROMPTS, found):
+        want = logps_of(model, prompt, c.tokens, temperature)
+        assert (torch.tensor(c.logps) - want).abs().max() < 1e-4
+
+
+def test_a_request_gets_its_tokens_whatever_is_beside_it(model):
+    sampled = requests(top_k=50)
+    beside = [replace(r, seed=7, sampling=Sampling(max_new_tokens=9, repetition_penalty=1.3)) for r in requests()]
+    want = [c.tokens for c in engine(model).complete(sampled)]
+    alone = [engine(model, num_slots=1).complete([r])[0].tokens for r in sampled]
+    mixed = engine(model, num_slots=5).complete([r for pair in zip(beside, sampled) for r in pair])[1::2]
+    assert alone == want and [c.tokens for c in mixed] == want
+    other = engine(model).complete([replace(r, seed=r.seed + 1) for r in sampled])
+    assert [c.tokens for c in other] != want
+
+
+def test_prompts_of_a_group_are_computed_once(model):
+    """And their answers are those of the prompt alone."""
+    rows = []
+    hook = model.embed_tokens.register_forward_hook(lambda _, args, __: rows.append(tuple(args[0].shape)))
+    group = [replace(requests()[4], seed=i) for i in range(6)] + [requests()[1]]
+    found = engine(model, num_slots=8).complete(group)
+    hook.remove()
+    assert [shape for shape in rows if shape[1] > 1] == [(2, 64)]
+    assert len({tuple(c.tokens) for c in found}) > 3
+    assert [c.tokens for c in found] == [engine(model).complete([r])[0].tokens for r in group]
+
+
+def test_streamed_tokens_are_those_at_the_end(model):
+    want = engine(model).complete(requests())
+    runs = engine(model)
+    for request in requests():
+        runs.submit(replace(request, is_streamed=True))
+    found, updates = {}, 0
+    while not runs.is_idle:
+        for number, new, logps, finish in runs.advance():
+            assert len(new) == len(logps)
+            answer, _ = found.get(number, ([], None))
+            found[number] = (answer + new, finish)
+            updates += 1
+    assert [found[i] for i in range(len(want))] == [(c.tokens, c.finish) for c in want]
+    assert updates > 2 * len(want)
+
+
+def test_stop_texts_end_an_answer_with_the_token_that_completes_them(model):
+    decode = "".join  # ids as two letters each, so that a text begins and ends within a token
+    spell = lambda ids: decode(f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in ids)  # noqa: E731
+    [whole] = engine(model, stop_ids=()).complete(requests(PROMPTS[:1]))
+    text = spell(whole.tokens)
+    stop = text[21:24]
+    [cut] = engine(model, stop_ids=(), decode=spell).complete(requests(PROMPTS[:1], stop=["nothing", stop]))
+    assert cut.finish == "stop" and len(cut.tokens) == (text.index(stop) + 2) // 2 + 1
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+
+
+def test_repetition_penalty_counts_prompt_and_answer(model):
+    """A penalty that no logit survives: an answer has no token twice, nor one of the prompt."""
+    slots = engine(model, num_slots=2, stop_ids=())
+    for prompt, c in zip(PROMPTS, slots.complete(requests(temperature=0.0, repetition_penalty=1e9, max_new_tokens=12))):
+        assert len(set(c.tokens)) == len(c.tokens) and not set(c.tokens) & set(prompt)
+
+
+def test_bad_requests_are_named_and_counted(model):
+    runs = engine(model, max_len=40)
+    found = runs.complete(requests(temperature=0.0))
+    assert [c.finish == "too_long" for c in found] == [n >= 40 for n in LENGTHS]
+    assert all(len(p) + len(c.tokens) <= 40 for p, c in zip(PROMPTS, found) if c.tokens)
+    assert runs.num_finished["too_long"] == 1 and sum(runs.num_finished.values()) == len(PROMPTS)
+    with pytest.raises(ValueError, match="prompt 7 is empty"):
+        runs.submit(Request(prompt=[]))
+    with pytest.raises(ValueError, match="decode"):
+        runs.submit(Request(prompt=[1], sampling=Sampling(stop=["x"])))
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(model):
+    """And leave nothing in their slot, where 0 times NaN would be NaN for the next."""
+    free = engine(model, stop_ids=()).complete(requests(temperature=0.0))
+    held = {0, *(t for prompt in PROMPTS for t in prompt)}  # 0 is what prefills are padded with
+    poisoned = next(t for t in free[0].tokens[3:30] if t not in held)
+    want = engine(model, stop_ids=(poisoned,)).complete(requests(temperature=0.0))
+    weight = model.embed_tokens.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[poisoned] = float("nan")  # as an input alone: the head is a layer of its own
+    found = engine(model, stop_ids=(), num_slots=2).complete(requests(temperature=0.0))
+    with torch.no_grad():
+        weight.copy_(before)
+    ends = [c.finish for c in want]
+    assert set(ends) == {"stop", "length"}
+    for ours, expected in zip(found, want):
+        assert ours.tokens == expected.tokens
+        assert ours.finish == ("not_finite" if expected.finish == "stop" else "length")
+
+
+def test_cancelled_requests_make_room(model):
+    runs = engine(model, num_slots=1)
+    numbers = [runs.submit(r) for r in requests(PROMPTS[:3])]
+    runs.advance()
+    runs.cancel(numbers[0])
+    runs.cancel(numbers[1])
+    ends = {}
+    while not runs.is_idle:
+        ends |= {u.number: u.finish for u in runs.advance() if u.finish}
+    assert list(ends) == [numbers[2]]
+
+
+def test_adapters_are_live(model):
+    """What training changes, the next token feels; switched off, the base answers."""
+    lora = decoder()
+    apply_lora(lora, LoRAConfig(rank=4, targets="all-linear"))
+    init_adapters(lora)
+    runs = engine(lora)
+    want = [c.tokens for c in engine(model).complete(requests())]
+    assert [c.tokens for c in runs.complete(requests())] == want
+    for layer in lora_layers(lora).values():
+        torch.nn.init.normal_(layer.lora_b, std=0.1)
+    found = runs.complete(requests())
+    assert [c.tokens for c in found] != want
+    for prompt, c in zip(PROMPTS, found):
+        assert (torch.tensor(c.logps) - logps_of(lora, prompt, c.tokens)).abs().max() < 1e-4
+
+
+def test_release_frees_the_cache(model):
+    runs = engine(model)
+    want = [c.tokens for c in runs.complete(requests())]
+    runs.release()
+    assert all(layer.k is None for layer in runs._slots.cache.layers)
+    assert [c.tokens for c in runs.complete(requests())] == want
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_change_nothing():
+    model = decoder().eval().to("cuda")
+    runs = engine(model)
+    assert runs._graphs is not None
+    got = runs.complete(requests(repetition_penalty=1.1, top_p=0.9))
+    plain = engine(model)
+    plain._graphs = None
+    assert [c.tokens for c in plain.complete(requests(repetition_penalty=1.1, top_p=0.9))] == [c.tokens for c in got]

@@ -1,0 +1,222 @@
+"""The engine: many requests at once on the trained model itself, with continuous batching.
+
+    engine = Engine(model, num_slots=64, max_len=1024, stop_ids=tokenizer.stop_ids)
+    completions = engine.complete([Request(prompt=tokens, sampling=Sampling(), seed=i) for i, tokens in enumerate(...)])
+
+A slot that ends is filled with the next request at the next check, every few steps. Weights are the model's own, with
+their adapters: what training changes, the next step uses.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from torchft.generation.cuda_graphs import Graphs
+from torchft.generation.requests import Completion, Finish, Request, Running, Update
+from torchft.generation.slots import Slots, Start
+from torchft.modules.decoder import Decoder
+from torchft.modules.kv_cache import KVCache
+
+PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
+SHORTEST = 16  # tokens of the smallest prefill
+STEPS_PER_CHECK = {"cuda": 8}  # between looks at what has ended, each of which waits for the device; elsewhere 1
+
+
+class Engine:
+    """Requests in, tokens out. One thread calls it.
+
+    Args:
+        num_slots: sequences computed together. More than there are requests cost time and memory.
+        max_len: tokens of prompt and answer together; the cache holds num_slots times so many.
+        stop_ids: tokens that end an answer.
+        vocab_size: only ids below it are drawn; None: all that the model has.
+        decode: ids -> text, for requests with stop texts.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_slots: int,
+        max_len: int,
+        stop_ids: Sequence[int],
+        vocab_size: int | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self.model, self.num_slots, self.max_len = model, num_slots, max_len
+        self.num_finished: dict[str, int] = {}  # how requests ended, counted
+        self._stop_ids, self._decode = frozenset(stop_ids), decode
+        device = model.embed_tokens.weight.device
+        self._steps = STEPS_PER_CHECK.get(device.type, 1)
+        self._slots = Slots(
+            model,
+            num_slots=num_slots,
+            max_len=max_len,
+            stop_ids=tuple(stop_ids),
+            vocab_size=vocab_size or model.config.vocab_size,
+        )
+        self._graphs = Graphs(self._slots.moved) if device.type == "cuda" else None
+        self._queue: deque[tuple[int, Request]] = deque()
+        self._running: dict[int, Running] = {}  # by slot
+        self._submitted = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._queue and not self._running
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its number. ValueError for an empty prompt."""
+        if not request.prompt:
+            raise ValueError(f"prompt {self._submitted} is empty: give it at least a BOS token")
+        if request.sampling.stop and self._decode is None:
+            raise ValueError("stop texts need an engine with decode=")
+        self._queue.append((self._submitted, request))
+        self._submitted += 1
+        return self._submitted - 1
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; its slot is free from the next check on."""
+        self._queue = deque(entry for entry in self._queue if entry[0] != number)
+        for slot, running in list(self._running.items()):
+            if running.number == number:
+                self._release(slot, "cancelled")
+
+    def complete(self, requests: Iterable[Request]) -> list[Completion]:
+        """All of ``requests``, in their order; the model is left in the mode it was in."""
+        numbers = [self.submit(request) for request in requests]
+        found: dict[int, tuple[list[int], list[float]]] = {number: ([], []) for number in numbers}
+        ends: dict[int, Finish] = {}
+        was_training = self.model.training
+        self.model.eval()
+        while not self.is_idle:
+            for number, tokens, logps, finish in self.advance():
+                found[number][0].extend(tokens)
+                found[number][1].extend(logps)
+                if finish:
+                    ends[number] = finish
+        self.model.train(was_training)
+        return [Completion(tokens=found[n][0], logps=found[n][1], finish=ends[n]) for n in numbers]
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # blocks compiled for training would compile again for every length
+    def advance(self) -> list[Update]:
+        """Fill free slots, take a few steps, and say what is new. For a model in eval mode."""
+        updates = self._fill()
+        if not self._running:
+            return updates
+        longest = max(len(r.request.prompt) + r.count for r in self._running.values())
+        seen = _power_of_two(longest + self._steps, most=self.max_len)
+        rows = _power_of_two(max(self._running) + 1, most=self.num_slots)
+        filtered = self._is_filtered()
+        self._slots.cache.see(seen)
+        step = partial(self._slots.step, rows, filtered=filtered)
+        for _ in range(self._steps):
+            if self._graphs is None:
+                step()
+            else:
+                self._graphs.run((rows, seen, filtered, self._slots.seen is None), step)
+        return updates + self._collect()
+
+    def release(self) -> None:
+        """Free the cache; the next request makes it anew. For the time in which the model trains."""
+        assert self.is_idle
+        self._slots.cache = KVCache(len(self.model.layers), num_slots=self.max_len)
+        self._graphs = Graphs(self._slots.moved) if self._graphs else None
+
+    def _fill(self) -> list[Update]:
+        """Give free slots to waiting requests; refused ones are told."""
+        refused = []
+        free = [slot for slot in range(self.num_slots) if slot not in self._running]
+        starts: list[Start] = []
+        while self._queue and len(starts) < len(free):
+            number, request = self._queue.popleft()
+            length = len(request.prompt)
+            if length >= self.max_len:
+                refused.append(Update(number, [], [], "too_long"))
+                self._count("too_long")
+                continue
+            slot = free[len(starts)]
+            self._running[slot] = Running(number=number, request=request)
+            limit = min(length + request.sampling.max_new_tokens, self.max_len)
+            start = Start(
+                slot=slot, prompt=tuple(request.prompt), sampling=request.sampling, seed=request.seed, limit=limit
+            )
+            starts.append(start)
+        filtered = self._is_filtered()
+        for length, prompts in self._prefills(starts):
+            held = set(prompts)
+            self._slots.prefill(
+                [start for start in starts if start.prompt in held], prompts, length=length, filtered=filtered
+            )
+        return refused
+
+    def _prefills(self, starts: list[Start]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+        """(padded length, distinct prompts) of each forward pass that ``starts`` need."""
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for prompt in dict.fromkeys(start.prompt for start in starts):
+            length = _power_of_two(max(len(prompt), SHORTEST), most=self.max_len)
+            by_length.setdefault(length, []).append(prompt)
+        for length, prompts in by_length.items():
+            most = max(1, PREFILL_TOKENS // length)
+            for i in range(0, len(prompts), most):
+                yield length, prompts[i : i + most]
+
+    def _collect(self) -> list[Update]:
+        """What is new in the slots; waits for the device, once if nothing is."""
+        slots, updates = self._slots, []
+        counts, done = torch.stack((slots.count, slots.is_done.long())).tolist()
+        wanted = [s for s, r in self._running.items() if done[s] or r.is_watched]
+        for slot, running in self._running.items():
+            running.count = counts[slot]
+        if not wanted:
+            return []
+        index = torch.tensor(wanted, device=slots.token.device)
+        most = max(counts[slot] for slot in wanted)
+        answers, logps = slots.answers[index, :most].tolist(), slots.logps[index, :most].tolist()
+        for slot, answer, logp in zip(wanted, answers, logps):
+            running, count = self._running[slot], counts[slot]
+            old = len(running.tokens)
+            finish: Finish | None = None
+            if done[slot]:
+                finish = "stop" if answer[count - 1] in self._stop_ids else "length"
+                if math.isnan(logp[count - 1]):
+                    finish, count = "not_finite", count - 1  # that token means nothing
+            running.tokens = answer[:count]
+            if (end := self._stop_text(running, old)) is not None:
+                finish, count = "stop", end
+            updates.append(Update(running.number, answer[old:count], logp[old:count], finish))
+            if finish:
+                self._release(slot, finish)
+        return updates
+
+    def _stop_text(self, running: Running, old: int) -> int | None:
+        """How many tokens it took until a stop text was complete; the first ``old`` of them held none."""
+        stops = running.request.sampling.stop
+        if not stops:
+            return None
+        assert self._decode is not None
+        reach = max(len(stop.encode()) for stop in stops) + 4  # tokens, of at least a byte each, that can hold it
+        for end in range(old + 1, len(running.tokens) + 1):
+            text = self._decode(running.tokens[max(0, end - reach) : end])
+            if any(stop in text for stop in stops):
+                return end
+        return None
+
+    def _release(self, slot: int, finish: Finish) -> None:
+        del self._running[slot]
+        self._slots.is_done[slot] = True
+        self._count(finish)
+
+    def _count(self, finish: Finish) -> None:
+        self.num_finished[finish] = self.num_finished.get(finish, 0) + 1
+
+    def _is_filtered(self) -> bool:
+        return any(running.request.sampling.is_filtered for running in self._running.values())
+
+
+def _power_of_two(n: int, *, most: int) -> int:
+    """The next power of two, or ``most``: few shapes, so few CUDA graphs."""
+    return min(1 << (n - 1).bit_length(), most)
