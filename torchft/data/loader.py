@@ -10,14 +10,13 @@ the position depends on how many they are.
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from torchft.data.batch import Batch
 from torchft.data.mixture import epoch_samples, generator_of
 from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
@@ -27,37 +26,6 @@ from torchft.losses.likelihood import IGNORE
 log = logging.getLogger(__name__)
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """b rows of s tokens. Where rows hold several documents ``positions`` restart at 0 with each, padding included."""
-
-    tokens: Tensor  # [b, s] int64
-    labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
-    positions: Tensor | None  # [b, s] int64; None: every row is one document from 0, padded at its end
-    documents: tuple[int, int] | None  # where there are positions: how many there are, and the tokens of the longest
-    documents_of: Tensor  # [samples, 1 or 2] int64: which documents, in reading order, are each sample's
-    targets: Tensor | None  # [samples, ...] fp32: the numbers to learn of each sample
-    num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
-    num_tokens: int  # of rows that hold samples, padding after them included
-    all_supervised: int  # of this batch of all ranks, by which each divides its loss
-    all_samples: int  # of this batch of all ranks
-    samples: tuple[int, ...]  # which samples are in it, by their place in the order of the data
-    where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; from pinned memory the copy is only queued, and nobody waits."""
-        queued = self.tokens.is_pinned()
-        return self._map(lambda t: t.to(device, non_blocking=queued))
-
-    def pin(self) -> "Batch":
-        """The batch in page-locked host memory, from which a device copies on its own."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        moved: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
 
 
 class Loader:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from torchft.data.loader import Batch, Loader
+from torchft.data.batch import Batch
+from torchft.data.loader import Loader
 from torchft.data.samples import Samples
 
 Made = tuple[Batch, dict[str, Any]]  # a batch and the loader's position after it
