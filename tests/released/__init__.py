@@ -1,8 +1,39 @@
 """What each Hub repository publishes: the fields of its config.json, and the number of parameters of its safetensors.
 
 A value of ``RELEASED`` is ``{repository: (config.json, parameters)}``, the parameters without a repeated tied head.
+A float is a rounded number of parameters.
 """
 
-from released import gemma2, llama, mixtral, qwen3, qwen3_moe
+from released import (
+    command_r7b,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm,
+)
 
-RELEASED = llama.RELEASED | qwen3.RELEASED | gemma2.RELEASED | mixtral.RELEASED | qwen3_moe.RELEASED
+RELEASED = (
+    command_r7b.RELEASED
+    | gemma2.RELEASED
+    | gemma3.RELEASED
+    | glm4.RELEASED
+    | granite.RELEASED
+    | llama.RELEASED
+    | mistral.RELEASED
+    | mixtral.RELEASED
+    | olmo.RELEASED
+    | phi3.RELEASED
+    | qwen2.RELEASED
+    | qwen3.RELEASED
+    | qwen3_moe.RELEASED
+    | smollm.RELEASED
+)

@@ -9,25 +9,71 @@ import torch
 from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
-from torchft.models import gemma2, llama2, llama3, mixtral, qwen3, qwen3_moe
+from torchft.models import (
+    command_r7b,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    granite,
+    llama2,
+    llama3,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm2,
+    smollm3,
+)
 from torchft.models.config_json import ConfigJson, unread
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
 
-FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build``
+FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and under configs/
+    "command_r7b": command_r7b,
+    "gemma": gemma,
     "gemma2": gemma2,
+    "gemma3": gemma3,
+    "glm4": glm4,
+    "granite": granite,
     "llama2": llama2,
     "llama3": llama3,
+    "ministral3": ministral3,
+    "mistral": mistral,
     "mixtral": mixtral,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "phi3": phi3,
+    "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "smollm2": smollm2,
+    "smollm3": smollm3,
 }
 ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
+    "Cohere2ForCausalLM": command_r7b,
     "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "GemmaForCausalLM": gemma,
+    "Glm4ForCausalLM": glm4,
+    "GlmForCausalLM": glm4,
+    "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama3,
+    "Ministral3ForCausalLM": ministral3,
+    "MistralForCausalLM": mistral,
     "MixtralForCausalLM": mixtral,
+    "Olmo2ForCausalLM": olmo2,
+    "Olmo3ForCausalLM": olmo3,
+    "Phi3ForCausalLM": phi3,
+    "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
+    "SmolLM3ForCausalLM": smollm3,
 }
 
 

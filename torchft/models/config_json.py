@@ -1,4 +1,4 @@
-"""Reading a checkpoint's config.json as data: named fields of a known type, heads that fit, RoPE in its spellings.
+"""Reading a checkpoint's config.json as data: named fields of a known type, heads that fit, windows.
 
 Every field that a family reads is known to it, and every other must be one that changes no number: see ``unread``.
 """
@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from torchft.errors import UserError
 from torchft.modules.decoder import DecoderConfig
-from torchft.modules.rope import LinearRope, Llama3Rope, Rope
 
 T = TypeVar("T", int, float, bool)
 
@@ -65,9 +64,10 @@ def field(json: dict[str, Any], key: str, kind: type[T], default: T | None = Non
     return value
 
 
-def optional(json: dict[str, Any], key: str, kind: type[T], default: T) -> T | None:
-    """As ``field``, where null means that the family's feature is off."""
-    return None if key in json and json.get(key) is None else field(json, key, kind, default=default)
+def optional(json: dict[str, Any], key: str, kind: type[T], default: T | None = None) -> T | None:
+    """As ``field``, where null (and an absent field without ``default``) means that the family's feature is off."""
+    value = json.get(key, default)
+    return None if value is None else field(json, key, kind, default=default)
 
 
 def one_of(json: dict[str, Any], key: str, *values: Any, default: Any) -> Any:
@@ -78,8 +78,8 @@ def one_of(json: dict[str, Any], key: str, *values: Any, default: Any) -> Any:
 
 
 def sizes(
-    json: dict[str, Any], *, eps: float = 1e-6, tied: bool = False, context: int | None = None,
-    head_dim: int | None = None,
+    json: dict[str, Any], *, eps: float = 1e-6, eps_key: str = "rms_norm_eps", tied: bool = False,
+    context: int | None = None, head_dim: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of ``DecoderConfig`` but the RoPE and windows, in Llama's spelling; what config.json may leave out."""
     num_heads, num_kv_heads, head_dim = heads(json, head_dim)
@@ -92,7 +92,7 @@ def sizes(
         "head_dim": head_dim,
         "hidden_dim": field(json, "intermediate_size", int),
         "max_seq_len": field(json, "max_position_embeddings", int, default=context),
-        "norm_eps": field(json, "rms_norm_eps", float, default=eps),
+        "norm_eps": field(json, eps_key, float, default=eps),
         "tie_embeddings": field(json, "tie_word_embeddings", bool, default=tied),
     }
 
@@ -115,10 +115,10 @@ def sizes_to_hub(c: DecoderConfig, architecture: str, model_type: str) -> dict[s
     }
 
 
-def windows(json: dict[str, Any], slides: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The window of each layer, in tokens or None, from ``sliding_window`` and ``layer_types``.
+def windows(json: dict[str, Any], slides: Callable[[int], bool], *, size: int | None = None) -> tuple[int | None, ...]:
+    """The window of each layer, in tokens or None, from ``sliding_window`` and ``layer_types``; () if no layer has one.
 
-    ``slides(i)``: whether layer i has one where there are no ``layer_types``. Empty if no layer has.
+    ``slides(i)``: whether layer i has one if there are no ``layer_types``. ``size``: of an absent ``sliding_window``.
     """
     num_layers = field(json, "num_hidden_layers", int)
     kinds = json.get("layer_types")
@@ -131,9 +131,10 @@ def windows(json: dict[str, Any], slides: Callable[[int], bool]) -> tuple[int | 
             f"config.json: layer_types has {unknown[0]!r}, but this family has only 'full_attention' and "
             "'sliding_attention'"
         )
-    if "sliding_attention" not in kinds or json.get("sliding_window") is None:
+    window = json.get("sliding_window", size)
+    if "sliding_attention" not in kinds or window is None:
         return ()
-    window = field(json, "sliding_window", int)
+    window = field(json, "sliding_window", int, default=size)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -163,44 +164,3 @@ def heads(json: dict[str, Any], head_dim: int | None = None) -> tuple[int, int, 
     if head_dim % 2:
         raise UserError(f"config.json: head_dim is {head_dim}, but RoPE rotates pairs and needs an even one")
     return num_heads, num_kv_heads, head_dim
-
-
-def rope_from_hub(json: dict[str, Any]) -> Rope:
-    """The RoPE of a config.json: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``."""
-    section = json.get("rope_parameters") or json.get("rope_scaling") or {}
-    if not isinstance(section, dict):
-        raise UserError(f"config.json: the RoPE section is {section!r}, expected an object")
-    base = field(section, "rope_theta", float, default=field(json, "rope_theta", float, default=10_000.0))
-    kind = section.get("rope_type", section.get("type", "default"))
-    if kind == "default":
-        return Rope(base=base)
-    if kind == "linear":
-        return LinearRope(base=base, factor=field(section, "factor", float))
-    if kind == "llama3":
-        low, high = field(section, "low_freq_factor", float), field(section, "high_freq_factor", float)
-        if low >= high:
-            raise UserError(f"config.json: low_freq_factor ({low}) must be less than high_freq_factor ({high})")
-        return Llama3Rope(
-            base=base,
-            factor=field(section, "factor", float),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_seq_len=field(section, "original_max_position_embeddings", int),
-        )
-    raise UserError(f"config.json: RoPE type {kind!r} is not supported; known are 'default', 'linear' and 'llama3'")
-
-
-def rope_to_hub(rope: Rope) -> dict[str, Any]:
-    """The older spelling, which every reader of config.json understands."""
-    scaling: dict[str, Any] | None = None
-    if isinstance(rope, LinearRope):
-        scaling = {"rope_type": "linear", "factor": rope.factor}
-    elif isinstance(rope, Llama3Rope):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_seq_len,
-        }
-    return {"rope_theta": rope.base, "rope_scaling": scaling}

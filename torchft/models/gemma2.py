@@ -6,27 +6,15 @@ Paper: https://arxiv.org/abs/2408.00118. Weights: https://huggingface.co/google
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-
-from torchft.hub import HubNames
-from torchft.models.config_json import (
-    field,
-    one_of,
-    optional,
-    rope_from_hub,
-    rope_to_hub,
-    sizes,
-    sizes_to_hub,
-    windows,
-    windows_to_hub,
-)
+from torchft.hub_names import HubNames
+from torchft.models.config_json import field, one_of, optional, sizes, sizes_to_hub, windows, windows_to_hub
+from torchft.models.config_rope import rope_from_hub, rope_to_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.masks import Sight
-from torchft.modules.mlp import GatedMLP
+from torchft.modules.mlp import GELU_TANH, GatedMLP
 from torchft.modules.norms import RMSNorm
 
 
@@ -64,7 +52,6 @@ HUB = HubNames(
         r"\.mlp_post_norm\b": ".post_feedforward_layernorm",
     }
 )
-GELU = partial(F.gelu, approximate="tanh")
 
 
 def block(c: DecoderConfig, i: int) -> Block:
@@ -81,7 +68,7 @@ def block(c: DecoderConfig, i: int) -> Block:
     )
     return Block(
         attn,
-        GatedMLP(c.dim, c.hidden_dim, act=GELU),
+        GatedMLP(c.dim, c.hidden_dim, act=GELU_TANH),
         attn_norm=RMSNorm(c.dim, c.norm_eps, offset=1.0),
         attn_post_norm=RMSNorm(c.dim, c.norm_eps, offset=1.0),
         mlp_norm=RMSNorm(c.dim, c.norm_eps, offset=1.0),
@@ -103,7 +90,7 @@ def from_hub(json: dict[str, Any]) -> Gemma2Config:
     return Gemma2Config(
         **sizes(json, tied=True, context=8192, head_dim=256),
         rope=rope_from_hub(json),
-        windows=windows(json, lambda i: i % 2 == 0),
+        windows=windows(json, lambda i: i % 2 == 0, size=4096),
         attention_bias=field(json, "attention_bias", bool, default=False),
         query_scale=field(json, "query_pre_attn_scalar", float, default=256.0),
         score_soft_cap=optional(json, "attn_logit_softcapping", float, default=50.0),

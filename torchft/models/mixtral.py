@@ -8,16 +8,8 @@ from typing import Any
 
 from torchft.hub_names import STACKED, HubNames
 from torchft.models import llama3
-from torchft.models.config_json import (
-    field,
-    one_of,
-    rope_from_hub,
-    rope_to_hub,
-    sizes,
-    sizes_to_hub,
-    windows,
-    windows_to_hub,
-)
+from torchft.models.config_json import field, one_of, sizes, sizes_to_hub, windows, windows_to_hub
+from torchft.models.config_rope import rope_from_hub, rope_to_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.masks import Sight

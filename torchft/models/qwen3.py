@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchft.models import llama3
-from torchft.models.config_json import (
-    field,
-    one_of,
-    rope_from_hub,
-    rope_to_hub,
-    sizes,
-    sizes_to_hub,
-    windows,
-    windows_to_hub,
-)
+from torchft.models.config_json import field, one_of, sizes, sizes_to_hub, windows_to_hub
+from torchft.models.config_rope import rope_from_hub, rope_to_hub
+from torchft.models.qwen2 import optional_windows
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.masks import Sight
@@ -89,13 +82,10 @@ def build(c: Qwen3Config) -> Decoder:
 def from_hub(json: dict[str, Any]) -> Qwen3Config:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Qwen 3 does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
-    slides = field(json, "use_sliding_window", bool, default=False)
-    first = field(json, "max_window_layers", int, default=28)
-    layer_windows = windows(json, lambda i: slides and i >= first)
     return Qwen3Config(
         **sizes(json, context=32_768, head_dim=128),
         rope=rope_from_hub(json),
-        windows=layer_windows if slides else (),
+        windows=optional_windows(json, from_layer=28),
         attention_bias=field(json, "attention_bias", bool, default=False),
     )
 

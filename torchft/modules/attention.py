@@ -1,5 +1,7 @@
 """Grouped-query attention (https://arxiv.org/abs/2305.13245)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,18 @@ from torchft.modules.attend import attend
 from torchft.modules.kv_cache import LayerCache
 from torchft.modules.masks import Visible
 from torchft.modules.rope import apply_rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / every)): far contexts stay sharp (Llama 4)."""
+
+    beta: float
+    every: int  # tokens
+
+    def factors(self, positions: Tensor) -> Tensor:
+        """[b, s, 1, 1] fp32 for ``positions`` [b, s]."""
+        return 1 + self.beta * torch.log1p((positions // self.every).float())[..., None, None]
 
 
 class Attention(nn.Module):
@@ -27,13 +41,14 @@ class Attention(nn.Module):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         interleaved: bool = False,
+        growth: QueryGrowth | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
         has_sinks: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.scale, self.soft_cap = head_dim, scale, soft_cap
-        self.interleaved = interleaved
+        self.interleaved, self.growth = interleaved, growth
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
@@ -50,7 +65,7 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Without cos and sin nothing rotates (NoPE). With a ``cache``, ``positions`` [b, s] are the slots to write."""
+        """Without cos and sin nothing rotates (NoPE). In a ``cache``, ``positions`` [b, s] are the slots to write."""
         b, s, _ = x.shape
         q, k, v = (y.view(b, s, -1, self.head_dim) for y in self.qkv(x))  # [b, s, h, c], and k heads twice
         if self.q_norm is not None:
@@ -59,6 +74,9 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = (apply_rope(y, cos, sin, interleaved=self.interleaved) for y in (q, k))
+        if self.growth is not None:
+            assert positions is not None
+            q = q * self.growth.factors(positions).to(q.dtype)
         if cache is not None:
             assert positions is not None
             k, v = cache.update(positions, k, v)

@@ -88,6 +88,23 @@ class Block(nn.Module):
         return x + update if self.residual_scale == 1.0 else x + self.residual_scale * update
 
 
+class ParallelBlock(Block):
+    """x + attn(norm(x)) + mlp(norm(x)), with one norm for both (Command R)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        seen: Visible,
+        cache: LayerCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        assert self.attn_norm is not None
+        h = self.attn_norm(x)
+        return x + self.self_attn(h, cos, sin, seen, cache, positions) + self.mlp(h)
+
+
 class Decoder(nn.Module):
     """tokens -> logits. Holds parameters only: positions, masks and caches are inputs, computed once per batch."""
 
@@ -154,7 +171,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         dims = [sight.head_dim or self.config.head_dim for sight in self.sights]
-        rotations = {(r, c): rope_cos_sin(r, positions, c) for r, c in set(zip(self.ropes, dims)) if r is not None}
+        kinds = {(rope, dim) for rope, dim in zip(self.ropes, dims) if rope is not None}
+        reach = None if cache is None else cache.reach
+        rotations = {kind: rope_cos_sin(kind[0], positions, kind[1], reach) for kind in kinds}
         with self.activations:
             for i, layer in enumerate(self.layers):
                 rope = self.ropes[i]

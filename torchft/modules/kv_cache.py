@@ -43,11 +43,14 @@ class LayerCache:
 
 
 class KVCache:
-    """One ``LayerCache`` per layer. Rows may have different lengths: what lies past a row's position is never seen."""
+    """One ``LayerCache`` per layer. Rows may have different lengths: what lies past a row's position is never seen.
 
-    def __init__(self, num_layers: int, *, num_slots: int | None) -> None:
+    ``reach``: tokens that a row may come to hold, here or in the cache that it is copied to; None: ``num_slots``.
+    """
+
+    def __init__(self, num_layers: int, *, num_slots: int | None, reach: int | None = None) -> None:
         self.layers = [LayerCache(num_slots) for _ in range(num_layers)]
-        self.num_slots = num_slots
+        self.num_slots, self.reach = num_slots, reach or num_slots
 
     def see(self, num_slots: int) -> None:
         """From here on queries look at the first ``num_slots`` alone: less to read while all rows are short."""

@@ -1,9 +1,12 @@
 """Feed-forward layers."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
 class GatedMLP(nn.Module):

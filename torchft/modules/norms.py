@@ -19,3 +19,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).type_as(x)
+
+
+class WholeRMSNorm(RMSNorm):
+    """``RMSNorm`` over all heads of x [b, s, h, c] together (OLMo 2); ``dim`` is h * c."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2)).view_as(x)

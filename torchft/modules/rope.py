@@ -23,8 +23,8 @@ class Rope:
         dim = self.rotary_dim(head_dim)
         return 1.0 / self.base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
-    def angles(self, positions: Tensor, head_dim: int) -> Tensor:
-        """[b, s, r / 2] fp32 radians for ``positions`` [b, s]."""
+    def angles(self, positions: Tensor, head_dim: int, reach: int | None = None) -> Tensor:
+        """[b, s, r / 2] fp32 radians for ``positions`` [b, s]. ``reach``: as in ``rope_cos_sin``."""
         return positions[..., None].float() * self.frequencies(head_dim, positions.device)
 
     @property
@@ -75,7 +75,7 @@ class YarnRope(Rope):
     original_max_seq_len: int  # tokens
     fast: float = 32.0
     slow: float = 1.0
-    attention_factor: float | None = None  # None: the paper's 0.1 ln(factor) + 1
+    attention_factor: float  # the paper's is 0.1 ln(factor) + 1
     truncate: bool = True  # the ramp begins and ends at whole channels
 
     def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
@@ -95,22 +95,39 @@ class YarnRope(Rope):
 
     @property
     def amplitude(self) -> float:
-        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+        return self.attention_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProportionalRope(Rope):
+    """Gemma 4's: of a whole head's frequencies the ``partial`` share that is highest rotates, the rest does not."""
+
+    factor: float = 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        return head_dim
+
+    def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
+        freqs = super().frequencies(head_dim, device) / self.factor
+        freqs[int(self.partial * head_dim // 2) :] = 0.0
+        return freqs
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(Rope):
     """LongRoPE (https://arxiv.org/abs/2402.13753): a factor per frequency, one list for documents up to the old
-    context and one for longer ones."""
+    context and one for longer ones. In decoding, for all that the cache may come to hold, so that it never changes."""
 
     short_factors: tuple[float, ...]  # of each pair of channels
     long_factors: tuple[float, ...]
     original_max_seq_len: int  # tokens
     attention_factor: float
 
-    def angles(self, positions: Tensor, head_dim: int) -> Tensor:
+    def angles(self, positions: Tensor, head_dim: int, reach: int | None = None) -> Tensor:
         freqs = self.frequencies(head_dim, positions.device)
         short, long = (freqs / _constant(factors, freqs) for factors in (self.short_factors, self.long_factors))
+        if reach is not None:
+            return positions[..., None].float() * (long if reach > self.original_max_seq_len else short)
         is_long = _document_lengths(positions) > self.original_max_seq_len  # [b, s]
         return positions[..., None].float() * torch.where(is_long[..., None], long, short)
 
@@ -119,9 +136,12 @@ class LongRope(Rope):
         return self.attention_factor
 
 
-def rope_cos_sin(rope: Rope, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [b, s, 1, r / 2] fp32, for ``positions`` [b, s] and the r channels that rotate."""
-    angles = rope.angles(positions, head_dim)[:, :, None]
+def rope_cos_sin(rope: Rope, positions: Tensor, head_dim: int, reach: int | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [b, s, 1, r / 2] fp32, for ``positions`` [b, s] and the r channels that rotate.
+
+    ``reach``: tokens that every document may come to have; None: read from the positions, where documents restart at 0.
+    """
+    angles = rope.angles(positions, head_dim, reach)[:, :, None]
     if rope.amplitude == 1.0:
         return angles.cos(), angles.sin()
     return angles.cos() * rope.amplitude, angles.sin() * rope.amplitude

@@ -80,7 +80,7 @@ BAD = {
     "heads": ({"hidden_size": 66}, r"hidden_size \(66\) is not a multiple of num_attention_heads \(4\)"),
     "odd_head": ({"head_dim": 15}, "head_dim is 15.*even"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
-    "rope_type": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported; known are"),
+    "rope_type": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported; known are"),
     "rope_not_an_object": ({"rope_scaling": 2.0}, "RoPE section is 2.0, expected an object"),
     "rope_factor_missing": ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
     "rope_original_length": (

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from tiny import tokens, transformers_model
 
 from torchft import hub, models
+from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.generation.greedy import generate
 from torchft.models.config_json import ConfigJson
 from torchft.modules.decoder import Decoder
 from torchft.modules.norms import RMSNorm
+from torchft.modules.rope import LongRope
 
 DOCUMENTS = (5, 61, 1, 33)  # tokens; together as many as a row
-SHAPES = {"vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Pair:
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    theirs = transformers_model(**CASES[request.param], rms_norm_eps=1e-3)
+    theirs = transformers_model(**({"rms_norm_eps": 1e-3} | CASES[request.param]))
     theirs.save_pretrained(folder)
     ours = models.load(folder, dtype=torch.float32)
     return Pair(folder, ours, theirs, tokens(vocab_size=ours.config.vocab_size))
@@ -58,8 +59,8 @@ def test_packed_is_unpacked(pair):
     unpacked = sum(mean_nll(ours, x, y, count=count) for x, y in zip(*alone))
     packed, unpacked = ({"loss": loss} | gradients(ours, loss) for loss in (packed, unpacked))
     assert violations({name: (packed[name], unpacked[name]) for name in unpacked}) == {}
-    one_document = mean_nll(ours, row, labels)
-    assert distance(one_document, unpacked["loss"])[1] > 1e-3
+    one_document = gradients(ours, mean_nll(ours, row, labels))
+    assert max(distance(one_document[name], unpacked[name])[1] for name in one_document) > 0.1
 
 
 def test_hub_round_trip_is_bit_exact(pair, tmp_path):
@@ -77,15 +78,17 @@ def test_hub_round_trip_is_bit_exact(pair, tmp_path):
 
 
 def test_greedy_is_transformers(pair):
-    """From a prompt shorter than windows and one longer, past them both; in one batch."""
-    prompts = [pair.batch[0, :7].tolist(), pair.batch[1, :40].tolist()]
+    """From a prompt shorter than windows and one longer, past them both; alone and in one batch."""
+    prompts = [pair.batch[0, :7].tolist(), pair.batch[1, :45].tolist()]
     want = []
     for prompt in prompts:
         row = torch.tensor([prompt])
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 30}
         out = pair.theirs.generate(row, attention_mask=torch.ones_like(row), **options)
         want.append(out[0, len(prompt) :].tolist())
-    assert generate(pair.ours, prompts, max_new_tokens=30, stop_ids=()) == want
+    assert [generate(pair.ours, [p], max_new_tokens=30, stop_ids=())[0] for p in prompts] == want
+    if not any(isinstance(rope, LongRope) for rope in pair.ours.ropes):  # a batch has one reach
+        assert generate(pair.ours, prompts, max_new_tokens=30, stop_ids=()) == want
 
 
 def wrong_numbers(fields, path=()):
@@ -94,10 +97,12 @@ def wrong_numbers(fields, path=()):
         value = fields[key]
         if isinstance(value, ConfigJson):
             yield from wrong_numbers(value, (*path, key))
-        elif key == "sliding_window" and value:
+        elif type(value) is float and value:
+            yield (*path, key), value / 2 if key == "partial_rotary_factor" else value * 1.5
+        elif type(value) is int and key == "sliding_window":
             yield (*path, key), value + 1
-        elif (type(value) is float and value) or (type(value) is int and path and key not in SHAPES):
-            yield (*path, key), value * 1.5 if type(value) is float else value * 2
+        elif type(value) is int and key == "original_max_position_embeddings":
+            yield (*path, key), value * 2
 
 
 def test_bars_see_every_wrong_number(pair):
@@ -106,6 +111,9 @@ def test_bars_see_every_wrong_number(pair):
     fields = ConfigJson(raw)
     models.architecture(raw).from_hub(fields)
     mistakes = dict(wrong_numbers(fields))
+    if ("original_max_position_embeddings",) in mistakes:  # Phi's place for it wins, and is LongRoPE's alone
+        is_long = fields["rope_parameters"].get("rope_type") == "longrope"
+        mistakes.pop((*("rope_parameters",) * is_long, "original_max_position_embeddings"))
     assert len(mistakes) >= 2
     with torch.no_grad():
         want = pair.theirs(pair.batch).logits
@@ -115,7 +123,10 @@ def test_bars_see_every_wrong_number(pair):
             for key in path[:-1]:
                 section = section[key]
             section[path[-1]] = value
-            ours = models.build(wrong, device="cpu")
+            try:
+                ours = models.build(wrong, device="cpu")
+            except UserError:
+                continue
             ours.load_state_dict(pair.ours.state_dict())
             assert "logits" in violations({"logits": (ours.eval()(pair.batch), want)}), f"{path} = {value} is not seen"
 

@@ -24,7 +24,8 @@ def test_row(repo):
     assert models.architecture(json) is module or module.HUB is models.architecture(json).HUB  # llama2 reads as llama3
     assert module.from_hub(json) == row
     model = models.build(json)  # refuses fields that it does not know
-    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    numel = sum(p.numel() for p in model.parameters())
+    assert numel == num_parameters if isinstance(num_parameters, int) else abs(numel / num_parameters - 1) < 0.01
     assert {p.device.type for p in model.parameters()} == {"meta"}
     again = models.build(f"{family}/{name}")
     assert again.config == row

@@ -1,0 +1,37 @@
+"""Command R7B. From the model card and transformers' conversion script, without a stored copy of config.json."""
+
+RELEASED = {
+    "CohereLabs/c4ai-command-r7b-12-2024": (
+        {
+            "architectures": ["Cohere2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "cache_implementation": "hybrid",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "layer_norm_eps": 1e-05,
+            "layer_switch": 4,
+            "logit_scale": 0.25,
+            "max_position_embeddings": 132096,
+            "model_type": "cohere2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "rope_scaling": None,
+            "rope_theta": 50000,
+            "rotary_pct": 1.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "use_parallel_embedding": True,
+            "vocab_size": 256000,
+        },
+        8_028_033_024,
+    ),
+}

@@ -1,0 +1,178 @@
+"""The RoPE of a config.json in its spellings: ``rope_parameters`` (transformers 5; by kind of layer if need be), or
+``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` beside each other."""
+
+import math
+from typing import Any
+
+from torchft.errors import UserError
+from torchft.models.config_json import field, heads
+from torchft.modules.rope import LinearRope, Llama3Rope, LongRope, ProportionalRope, Rope, YarnRope
+
+Json = dict[str, Any]
+
+
+def rope_from_hub(json: Json, *, base: float = 10_000.0, partial: float = 1.0) -> Rope:
+    """The RoPE of all layers; ``base`` and ``partial`` where the file has none."""
+    section = json.get("rope_parameters") or json.get("rope_scaling") or {}
+    return _rope(json, section, base=base, partial=partial)
+
+
+def ropes_from_hub(json: Json, *, full: Rope, sliding: Rope) -> tuple[Rope, Rope]:
+    """The RoPE of full and of sliding layers, from ``rope_parameters``; ``full`` and ``sliding`` if there is none."""
+    section = json.get("rope_parameters")
+    if not section:
+        return full, sliding
+    if not isinstance(section, dict) or not {"full_attention", "sliding_attention"} & section.keys():
+        raise UserError(
+            f"config.json: rope_parameters is {section!r:.80}, expected an object for 'full_attention' and one for "
+            "'sliding_attention'"
+        )
+    kinds = (section.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    ropes = [_rope(json, kind, base=rope.base, partial=rope.partial) for kind, rope in zip(kinds, (full, sliding))]
+    return ropes[0], ropes[1]
+
+
+def rope_to_hub(rope: Rope) -> Json:
+    """The older spelling, which every reader of config.json understands."""
+    scaling = section_to_hub(rope)
+    top = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    if rope.partial != 1.0:
+        top["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if len(scaling) == 1:  # the plain kind
+        top["rope_scaling"] = None
+    return top
+
+
+def section_to_hub(rope: Rope) -> Json:
+    """One RoPE as transformers 5 spells it."""
+    section: Json = {"rope_type": "default", "rope_theta": rope.base}
+    if rope.partial != 1.0:
+        section["partial_rotary_factor"] = rope.partial
+    match rope:
+        case LinearRope():
+            section |= {"rope_type": "linear", "factor": rope.factor}
+        case ProportionalRope():
+            section |= {"rope_type": "proportional", "factor": rope.factor}
+        case Llama3Rope():
+            section |= {
+                "rope_type": "llama3",
+                "factor": rope.factor,
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+                "original_max_position_embeddings": rope.original_max_seq_len,
+            }
+        case YarnRope():
+            section |= {
+                "rope_type": "yarn",
+                "factor": rope.factor,
+                "original_max_position_embeddings": rope.original_max_seq_len,
+                "beta_fast": rope.fast,
+                "beta_slow": rope.slow,
+                "attention_factor": rope.attention_factor,
+                "truncate": rope.truncate,
+            }
+        case LongRope():
+            section |= {
+                "rope_type": "longrope",
+                "short_factor": list(rope.short_factors),
+                "long_factor": list(rope.long_factors),
+                "original_max_position_embeddings": rope.original_max_seq_len,
+                "attention_factor": rope.attention_factor,
+            }
+    return section
+
+
+def _rope(json: Json, section: Json, *, base: float, partial: float) -> Rope:
+    if not isinstance(section, dict):
+        raise UserError(f"config.json: the RoPE section is {section!r}, expected an object")
+    base = field(section, "rope_theta", float, default=field(json, "rope_theta", float, default=base))
+    partial = field(json, "partial_rotary_factor", float, default=partial)
+    partial = field(section, "partial_rotary_factor", float, default=partial)
+    if partial > 1:
+        raise UserError(f"config.json: partial_rotary_factor is {partial}, but it is a share of a head's channels")
+    plain = {"base": base, "partial": partial}
+    match kind := section.get("rope_type", section.get("type", "default")):
+        case "default":
+            return Rope(**plain)
+        case "linear":
+            return LinearRope(**plain, factor=field(section, "factor", float))
+        case "proportional":
+            return ProportionalRope(**plain, factor=field(section, "factor", float, default=1.0))
+        case "llama3":
+            return _llama3(section, plain)
+        case "yarn":
+            return _yarn(json, section, plain)
+        case "longrope" | "su":
+            return _longrope(json, section, plain)
+    raise UserError(
+        f"config.json: RoPE type {kind!r} is not supported; known are 'default', 'linear', 'llama3', 'yarn', "
+        "'longrope', 'proportional'"
+    )
+
+
+def _llama3(section: Json, plain: Json) -> Rope:
+    low, high = field(section, "low_freq_factor", float), field(section, "high_freq_factor", float)
+    if low >= high:
+        raise UserError(f"config.json: low_freq_factor ({low}) must be less than high_freq_factor ({high})")
+    return Llama3Rope(
+        **plain,
+        factor=field(section, "factor", float),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_seq_len=field(section, "original_max_position_embeddings", int),
+    )
+
+
+def _yarn(json: Json, section: Json, plain: Json) -> Rope:
+    context = field(json, "max_position_embeddings", int)
+    original = field(section, "original_max_position_embeddings", int, default=context)
+    factor = field(section, "factor", float, default=context / original)
+    scale = yarn_scale(factor)
+    if section.get("mscale") and section.get("mscale_all_dim"):
+        scale, of_all = (yarn_scale(factor, field(section, key, float)) for key in ("mscale", "mscale_all_dim"))
+        scale /= of_all
+    return YarnRope(
+        **plain,
+        factor=factor,
+        original_max_seq_len=original,
+        fast=field(section, "beta_fast", float, default=32.0),
+        slow=field(section, "beta_slow", float, default=1.0),
+        attention_factor=field(section, "attention_factor", float, default=scale),
+        truncate=field(section, "truncate", bool, default=True),
+    )
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor of queries and keys for contexts that are ``factor`` times longer."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(json: Json, section: Json, plain: Json) -> Rope:
+    context = field(json, "max_position_embeddings", int)
+    original = field(section, "original_max_position_embeddings", int, default=context)
+    original = field(json, "original_max_position_embeddings", int, default=original)  # Phi's place for it wins
+    factor = field(section, "factor", float, default=context / original)
+    rope = LongRope(
+        **plain,
+        short_factors=_numbers(section, "short_factor"),
+        long_factors=_numbers(section, "long_factor"),
+        original_max_seq_len=original,
+        attention_factor=field(section, "attention_factor", float, default=longrope_scale(factor, original)),
+    )
+    pairs = rope.rotary_dim(heads(json)[2]) // 2
+    for key, factors in {"short_factor": rope.short_factors, "long_factor": rope.long_factors}.items():
+        if len(factors) != pairs:
+            raise UserError(f"config.json: {key} has {len(factors)} numbers, but {pairs} pairs of channels rotate")
+    return rope
+
+
+def longrope_scale(factor: float, original: int) -> float:
+    """LongRoPE's factor of queries and keys for contexts ``factor`` times longer than the ``original`` tokens."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _numbers(section: Json, key: str) -> tuple[float, ...]:
+    values = section.get(key)
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
+        raise UserError(f"config.json: {key} is {values!r:.80}, expected a list of positive numbers")
+    return tuple(map(float, values))
