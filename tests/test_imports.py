@@ -24,13 +24,14 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "models": FOUNDATION | {"modules", "hub", "hub_names", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights"},
-    "generation": FOUNDATION | {"modules", "tokenizers"},
-    "cli": FOUNDATION,
+    "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub"},
+    "cli": FOUNDATION | {"data", "generation", "modules", "tokenizers", "training"},
 }
 THIRD_PARTY = {
     "torch", "torchao", "torchdata", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",
     "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil", "triton",
     "wandb", "tensorboard", "mlflow",  # extras, imported by the logger that needs them
+    "starlette", "uvicorn",  # extra: generation/server.py, cli/serve.py
 }  # fmt: skip
 
 

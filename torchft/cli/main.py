@@ -24,6 +24,8 @@ VERBS = {
     "cat": "print a config or a recipe",
     "validate": "check a config without running anything",
     "download": "fetch a checkpoint from the Hugging Face Hub",
+    "generate": "ask a model: prompts, a file of them, or a chat",
+    "serve": "a model over HTTP, in OpenAI's form",
 }
 
 

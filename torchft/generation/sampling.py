@@ -4,13 +4,15 @@ A draw is a function of the request's seed and of how many it has made. So a req
 is in the batch, and a generator has no state to save.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from torchft.config import Range
+from torchft.errors import UserError
 
 HALVINGS = 32  # of the range of a row's logits, in the search for a threshold: below fp32's own steps
 
@@ -30,6 +32,19 @@ class Sampling:
     @property
     def is_filtered(self) -> bool:
         return self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """From a command line or a request. UserError that lists every number out of its range."""
+    notes = get_type_hints(Sampling, include_extras=True)
+    problems = []
+    for name, value in settings.items():
+        for note in [a for part in (notes[name], *get_args(notes[name])) for a in get_args(part)]:
+            if isinstance(note, Range) and value is not None and (problem := note.problem(value)):
+                problems.append(f"{name}: {value} {problem}")
+    if problems:
+        raise UserError(*problems)
+    return Sampling(**settings)
 
 
 class Rules(NamedTuple):

@@ -56,7 +56,10 @@ def test_filters_are_transformers(how, theirs, monkeypatch):
 
 
 def test_repetition_penalty_is_transformers():
-    x, held = logits(), torch.randint(V, (6, 200), generator=torch.Generator().manual_seed(1))
+    x, held = (
+        logits() - torch.tensor([0.0, 0, 0, 30, 30, 30])[:, None],
+        torch.randint(V, (6, 200), generator=torch.Generator().manual_seed(1)),
+    )
     seen = torch.zeros(6, V, dtype=torch.bool).scatter_(1, held, True)
     want = RepetitionPenaltyLogitsProcessor(1.8)(held, x.clone()).argmax(-1)
     got, logp = drawn(x, Sampling(repetition_penalty=1.8, temperature=0), seeds=range(6), seen=seen)
@@ -98,6 +101,12 @@ def test_uniform_is_spread_and_independent_of_its_neighbours():
     assert (correlations - torch.eye(10)).abs().max() < 0.04
     first = uniform(torch.arange(20_000), torch.zeros(20_000, dtype=torch.long))  # of seeds that follow each other
     assert torch.histc(first, 20, 0, 1).sub(1000).abs().max() < 150
+
+
+def test_a_draw_of_zero_takes_no_forbidden_token(monkeypatch):
+    monkeypatch.setattr(sampling, "uniform", lambda seeds, draws: torch.zeros(len(seeds)))
+    x = torch.tensor([[-5.0, 1.0, 0.5]])
+    assert drawn(x.expand(2, 3), Sampling(top_k=2), seeds=[0, 1])[0].tolist() == [1, 1]
 
 
 def test_greedy_and_sampled_rows_in_one_batch():

@@ -1,0 +1,46 @@
+"""A checkpoint and its tokenizer, ready to generate."""
+
+from pathlib import Path
+
+import torch
+
+from torchft import hub, models, tokenizers
+from torchft.adapters.fused import fuse_lora
+from torchft.adapters.lora import apply_lora
+from torchft.adapters.peft import load_peft, peft_config
+from torchft.generation.engine import Engine
+from torchft.modules.decoder import Decoder
+from torchft.tokenizers.tokenizer import Tokenizer
+
+
+def load(
+    checkpoint_dir: Path,
+    *,
+    adapter: Path | None = None,
+    chat_format: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device,
+) -> tuple[Decoder, Tokenizer]:
+    """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer."""
+    model = models.build(models.config_json(checkpoint_dir)).to(dtype)
+    names = hub.hub_format(model).names.rename
+    if adapter is not None:
+        apply_lora(model, peft_config(model, adapter, hub_name=names))
+        fuse_lora(model)
+    model.to_empty(device=device)
+    hub.load_weights(model, checkpoint_dir)
+    if adapter is not None:
+        load_peft(model, adapter, hub_name=names)
+    return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
+
+
+def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int) -> Engine:
+    """An engine that speaks ``tokenizer``'s language: its stop tokens, its ids, its text."""
+    return Engine(
+        model,
+        num_slots=num_slots,
+        max_len=max_len,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+        decode=tokenizer.decode,
+    )
