@@ -55,6 +55,7 @@ from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
 from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
+from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import (
@@ -305,6 +306,7 @@ def train(config: Config, run: Run, world: World) -> None:
         closing(loader),
         out_of_memory_explained(plan),
         Interruptible() as stop,
+        Saver(run.path, run.id, base=base, keep_last=config.keep_last, own=("rng",)) as saver,
         profiled(config.profile, run.path / "profile") as end_of_step,
     ):
         while step < total_steps:
@@ -357,11 +359,10 @@ def train(config: Config, run: Run, world: World) -> None:
                         "rng": rng_state(),
                         "plan": plan.setting,
                     }
-                    score = row.get("eval_loss")
-                    checkpoint.save(run.path, step, parts, run_id=run.id, base=base, score=score, own=("rng",))
-                    checkpoint.prune(run.path, run.id, newest=step, keep_last=config.keep_last)
+                    saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:
+                saver.wait()
                 ended = f"Stopped after step {step}; the same command goes on from there"
                 last_panel(console, ended, {"output": str(run.path)}, {})
                 raise Stopped

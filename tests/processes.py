@@ -17,11 +17,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"])
 
 
-def run_ranks(function, size, *args, timeout_s=240, env=None):
+def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
     """``function(*args)`` as each of ``size`` ranks, with torchrun's variables; what they returned, by rank.
 
     ``function`` is one of a test module's own. Each is told to initialise the process group itself (env://). The first
-    error of any rank is raised here, and the others are killed.
+    error of any rank is raised here, and the others are killed, if they do not end within ``grace_s``.
     """
     results = _CONTEXT.Queue()
     with socket.socket() as s:
@@ -55,7 +55,7 @@ def run_ranks(function, size, *args, timeout_s=240, env=None):
             found[rank] = pickle.loads(value)
     finally:
         for process in ranks:
-            process.join(timeout=5 if len(found) == size else 0)
+            process.join(timeout=5 if len(found) == size else grace_s)
             process.kill()
     return [found[r] for r in range(size)]
 

@@ -62,15 +62,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield new
 
 
-def gather(value: T) -> list[T]:
-    """All ranks: everybody's small picklable ``value``, by rank."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """All ranks: everybody's small picklable ``value``, by rank. ``group``: of all ranks, to talk beside the others."""
     values: list[Any] = [value] * num_ranks()
     if num_ranks() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
-def from_main(function: Callable[[], T]) -> T:
+def from_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """All ranks: what ``function`` returns on the main rank, or the UserError that it raises there, on every rank."""
     result: list[Any] = [None, None]
     if is_main():
@@ -79,15 +79,16 @@ def from_main(function: Callable[[], T]) -> T:
         except UserError as e:
             result[1] = e.problems
     if num_ranks() > 1:
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=group)
     if result[1] is not None:
         raise UserError(*result[1], is_shared=True)
     return result[0]
 
 
-def agree(error: BaseException | None) -> None:
+def agree(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
     """All ranks: raises if any rank has an ``error``: its own where there is one, else a UserError that quotes them."""
-    found = [(r, text) for r, text in enumerate(gather(None if error is None else str(error))) if text is not None]
+    texts = gather(None if error is None else str(error), group)
+    found = [(r, text) for r, text in enumerate(texts) if text is not None]
     if error is not None:
         raise error
     if found:

@@ -1,43 +1,34 @@
 """Step folders: ``step_000100/{model,optimizer,loader,rng}/`` and ``manifest.json``, written whole or not at all.
 
-    parts = {"model": trainable(model), "optimizer": optimizer_tree(model, optimizer), ..., "rng": rng_state()}
-    save(run.path, step, parts, run_id=run.id, own=("rng",))
     if saved := latest(run.path, run.id):
         load_parameters(saved.open("model"), trainable(model))
         load_rng_state(saved.read_own("rng"))
 
 Safetensors and JSON only: no pickle, no torch.save, no torch.distributed.checkpoint (whose metadata is a pickle), so
 that a checkpoint from elsewhere can't run code. A folder is written under a temporary name, synced to the disk, and
-renamed last; the manifest holds size and sha256 of every file. A step counts finished optimizer steps.
-
-Of several ranks each writes its parts of sharded tensors; the main one writes all else, and commits once all are done.
+renamed last; the manifest holds size and sha256 of every file. A step counts finished optimizer steps. `saver.py`
+writes them.
 """
 
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from torchft.errors import UserError
-from torchft.files import clear_leftovers, new_folder, read_json, remove_folder, sha256
-from torchft.ranks import agree, from_main, gather, is_main, num_ranks, rank
-from torchft.training import fault, shards
-from torchft.training.disk import space_message
+from torchft.files import clear_leftovers, read_json, remove_folder, sha256
+from torchft.ranks import from_main, gather, num_ranks, rank
 from torchft.training.environment import TORCHFT
 from torchft.training.shards import TensorFolder
-from torchft.training.step_files import MANIFEST, own_folder, write_manifest, write_parts
-from torchft.training.tree import flatten
+from torchft.training.step_files import FORMAT, MANIFEST, own_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
 _STEP = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(step_\d{6,}|export)\.(partial|replaced)")  # of a killed save, prune or export
 
@@ -64,59 +55,6 @@ class Step:
                 "%s was saved by %d ranks: rank %d and later find no %s there", self.path, saved_by, saved_by, part
             )
         return self.read(f"{part}/{own_folder(rank())}") if rank() < saved_by else None
-
-
-def save(
-    output_dir: Path,
-    step: int,
-    parts: Mapping[str, Any],
-    *,
-    run_id: str,
-    base: str | None = None,
-    score: float | None = None,
-    own: Collection[str] = (),
-) -> Path:
-    """All ranks: writes one step folder; when this returns on any, it is on the disk.
-
-    UserError on all ranks if one of them can't; all earlier steps are intact.
-
-    Args:
-        parts: folder name -> tree of state.
-        base: fingerprint of the frozen base, if ``parts`` hold only what is trained.
-        score: what "best" means, lower is better: the evaluation loss at this step.
-        own: parts that are another on each rank. All others are the same, but that tensors may be sharded.
-    """
-    final = output_dir / f"step_{step:06d}"
-    about = {"format": FORMAT, "step": step, "ranks": num_ranks(), "run_id": run_id, "base": base, "score": score}
-
-    def failed(e: Exception) -> UserError:
-        need = sum(shards.num_bytes(tensors) for _, tensors in collected.values())
-        begun = _size(output_dir / f".{final.name}.partial")  # free again soon
-        what = f"step {step} could not be saved ({e}); earlier checkpoints are intact"
-        return UserError(space_message(what, need, output_dir, freed=begun) + ", then run the same command to resume")
-
-    with _agreed(failed):
-        collected = {part: flatten(tree) for part, tree in parts.items()}  # everything below sees only these
-    with ExitStack() as stack:  # the main rank's new folder, which an error removes
-        with _agreed(failed):
-            if is_main():
-                _move_aside(final, run_id)
-                made = stack.enter_context(new_folder(final))
-                for part in parts:
-                    (made / part).mkdir()
-        folder = output_dir / from_main(lambda: made.name)
-        with _agreed(failed):
-            written = write_parts(folder, step, collected, own=own)
-        by_rank = gather(written)
-        with _agreed(failed):
-            if is_main():
-                shared = {part: outcome for part, outcome in collected.items() if part not in own}
-                write_manifest(folder, about, shared, by_rank)
-            fault.point("before_commit", step=step, rank=rank())
-        with _agreed(failed):
-            stack.close()  # renames
-    fault.point("after_commit", step=step, rank=rank())
-    return final
 
 
 def steps(output_dir: Path, run_id: str) -> list[Step]:
@@ -175,14 +113,17 @@ def best(found: Sequence[Step]) -> Step | None:
 
 
 def prune(output_dir: Path, run_id: str, *, newest: int, keep_last: int) -> None:
-    """All ranks, once ``newest`` is saved: deletes this run's steps but the ``keep_last`` up to it, and the best.
+    """For the main rank, once ``newest`` is saved: deletes all but the ``keep_last`` steps up to it, and the best.
 
     Later steps stay: they are damaged ones that a resume passed over, and will be replaced in their turn.
     """
     assert keep_last >= 1
-    with _agreed(lambda e: UserError(f"{output_dir}: an earlier checkpoint could not be removed ({e})")):
-        if is_main():
-            _prune(output_dir, run_id, newest, keep_last)
+    whole = [s for s in steps(output_dir, run_id) if s.number <= newest and not damage(s, contents=False)]
+    assert whole[-1].number == newest
+    keep = {s.number for s in (*whole[-keep_last:], best(whole)) if s}
+    for step in whole:
+        if step.number not in keep:
+            remove_folder(step.path)
 
 
 def clean(output_dir: Path) -> None:
@@ -191,19 +132,20 @@ def clean(output_dir: Path) -> None:
     for path in list(output_dir.iterdir()):
         if (match := _LEFTOVER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
             if match[2] == "partial":
-                freed += _size(path)
+                freed += size(path)
             clear_leftovers(output_dir / match[1])
     if freed:
         log.warning("removed %.3g GiB of unfinished checkpoints from %s", freed / 2**30, output_dir)
 
 
-def _prune(output_dir: Path, run_id: str, newest: int, keep_last: int) -> None:
-    whole = [s for s in steps(output_dir, run_id) if s.number <= newest and not damage(s, contents=False)]
-    assert whole[-1].number == newest
-    keep = {s.number for s in (*whole[-keep_last:], best(whole)) if s}
-    for step in whole:
-        if step.number not in keep:
-            remove_folder(step.path)
+def size(folder: Path) -> int:
+    """Bytes of all that lies in a folder, into which others may be writing."""
+    total = 0
+    for path, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
 
 
 def _scan(output_dir: Path, run_id: str) -> tuple[list[Step], list[str]]:
@@ -230,38 +172,3 @@ def _scan(output_dir: Path, run_id: str) -> tuple[list[Step], list[str]]:
             )
         found.append(Step(path=path, number=int(match[1]), manifest=manifest))
     return sorted(found, key=lambda s: s.number), unreadable
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all that lies in a folder, into which others may be writing."""
-    total = 0
-    for path, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(path, name)).st_size
-    return total
-
-
-@contextmanager
-def _agreed(explained: Callable[[Exception], Exception]) -> Iterator[None]:
-    """All ranks: an error of any rank in the block is raised by all, there as it is, elsewhere as a UserError.
-
-    The block must not talk to other ranks. ``explained``: what is raised for an error of files.
-    """
-    error: Exception | None = None
-    try:
-        try:
-            yield
-        except (OSError, SafetensorError) as e:
-            raise explained(e) from e
-    except Exception as e:  # raised again below
-        error = e
-    agree(error)
-
-
-def _move_aside(path: Path, run_id: str) -> None:
-    """Gives whatever bears a step's name another one, unless it is this run's step, which a new one may replace."""
-    if os.path.lexists(path) and path not in [step.path for step in steps(path.parent, run_id)]:
-        aside = path.with_name(f"{path.name}.moved-{os.getpid()}")
-        os.rename(path, aside)
-        log.warning("%s was in the way and not of this run: moved to %s", path, aside)

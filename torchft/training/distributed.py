@@ -28,7 +28,7 @@ from torchft.config import Range
 from torchft.errors import LostContact, UserError
 from torchft.training import fault
 from torchft.training.environment import device_name, pick_device
-from torchft.training.watch import Watch
+from torchft.training.watch import Watch, is_lost_contact
 
 # Parameters are gathered in their own dtype, so that a sharded model computes what an unsharded one does; only sums of
 # gradients over ranks are wider.
@@ -122,7 +122,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     try:
         yield World(device=own, rank=rank, size=size, mesh=fsdp, shards=shard, watch=watch)
     except RuntimeError as e:
-        if watch.is_lost_contact(e):
+        if is_lost_contact(e):
             raise LostContact(watch.report(e)) from e
         raise
     finally:

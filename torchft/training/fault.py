@@ -1,7 +1,7 @@
 """Named points where a test can make a run fail: TORCHFT_FAULT="point:action:rank:step".
 
 Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int (signals), raise, enospc,
-eio, hang, exit (with code 0, as if done).
+eio, slow (SLOW_S), hang, exit (with code 0, as if done).
 ``*`` stands for any rank or step. A job that torchrun has restarted has no faults any more, so that it can recover.
 Without the variable a point costs one look into the environment.
 """
@@ -12,6 +12,7 @@ import signal
 import time
 
 VARIABLE = "TORCHFT_FAULT"
+SLOW_S = 1.0
 
 
 def point(name: str, *, step: int, rank: int = 0) -> None:
@@ -31,6 +32,8 @@ def point(name: str, *, step: int, rank: int = 0) -> None:
         case "enospc" | "eio":
             code = errno.ENOSPC if action == "enospc" else errno.EIO
             raise OSError(code, os.strerror(code))
+        case "slow":
+            time.sleep(SLOW_S)
         case "hang":
             time.sleep(3600)
         case _:

@@ -7,6 +7,7 @@ ranks.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,53 @@ from torchft.training.tree import unflatten
 from torchft.weights import open_safetensors, save_tensors
 
 INDEX = "index.json"
-FILE_BYTES = 2 << 30  # a file's tensors are copied to host memory together
+FILE_BYTES = 2 << 30  # a file's tensors are copied to host memory together, if they are not there yet
 
 Slices = dict[str, dict[str, Any]]  # tensor name -> {"file", "offset", "shape"} of the part that one rank has written
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], *, file_bytes: int = FILE_BYTES) -> Slices:
-    """Writes this rank's parts of the tensors, but empty ones, into the folder, which exists; says where they lie."""
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one rank holds of a tensor of this whole ``shape``: ``values`` that begin at ``offset``.
+
+    ``is_copy``: they lie in host memory, where nothing changes them, and share it with no other.
+    """
+
+    values: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    is_copy: bool = False
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """What this rank holds of the tensors, of the same memory."""
+    return {
+        name: Piece(values=local(t), offset=tuple(s.start for s in region(t)), shape=tuple(t.shape))
+        for name, t in tensors.items()
+    }
+
+
+def write(folder: Path, tensors: Mapping[str, Piece], *, file_bytes: int = FILE_BYTES) -> Slices:
+    """Writes this rank's pieces of the tensors, but empty ones, into the folder, which exists; says where they lie."""
     slices: Slices = {}
-    parts = {name: local(t) for name, t in tensors.items() if local(t).numel()}
-    for number, names in enumerate(_split(parts, file_bytes)):
+    held = {name: piece for name, piece in tensors.items() if piece.values.numel()}
+    for number, names in enumerate(_split(held, file_bytes)):
         file = f"rank_{rank():05d}_{number:03d}.safetensors"
         on_host = {
-            name: parts[name].to("cpu", copy=True, memory_format=torch.contiguous_format) for name in names
+            name: held[name].values.to("cpu", copy=not held[name].is_copy, memory_format=torch.contiguous_format)
+            for name in names
         }  # copies, because safetensors refuses tensors that share memory
         save_tensors(on_host, folder / file)
-        for name, part in on_host.items():
-            offset = [s.start for s in region(tensors[name])]
-            slices[name] = {"file": file, "offset": offset, "shape": list(part.shape)}
+        for name, values in on_host.items():
+            slices[name] = {"file": file, "offset": list(held[name].offset), "shape": list(values.shape)}
     return slices
 
 
-def write_index(folder: Path, structure: Any, tensors: Mapping[str, Tensor], written: Sequence[Slices]) -> None:
+def write_index(folder: Path, structure: Any, tensors: Mapping[str, Piece], written: Sequence[Slices]) -> None:
     """Completes a folder that holds the outcome of ``tree.flatten``. ``written``: what ``write`` said on each rank."""
     entries = {
         name: {
-            "dtype": str(t.dtype).removeprefix("torch."),
+            "dtype": str(t.values.dtype).removeprefix("torch."),
             "shape": list(t.shape),
             "slices": [slices[name] for slices in written if name in slices],
         }
@@ -108,16 +130,16 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Piece], limit: int) -> list[list[str]]:
     """Names in order, cut so that no file but that of a single larger tensor exceeds ``limit`` bytes."""
     files: list[list[str]] = []
     size = limit
-    for name, tensor in tensors.items():
-        if not files or size + tensor.nbytes > limit:
+    for name, piece in tensors.items():
+        if not files or size + piece.values.nbytes > limit:
             files.append([])
             size = 0
         files[-1].append(name)
-        size += tensor.nbytes
+        size += piece.values.nbytes
     return files
 
 

@@ -7,20 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.files import sha256, sync
 from torchft.ranks import is_first_copy, rank
 from torchft.training import fault, shards
 from torchft.training.environment import TORCHFT
-from torchft.training.shards import Slices
+from torchft.training.shards import Piece, Slices
+from torchft.training.tree import flatten
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 
-Parts = Mapping[str, tuple[Any, dict[str, Tensor]]]  # folder name -> outcome of `tree.flatten`
+Parts = Mapping[str, tuple[Any, dict[str, Piece]]]  # folder name -> its tree as JSON, and what this rank writes of it
 Files = dict[str, dict[str, Any]]  # path in the step folder -> {"size", "sha256"}
 Written = tuple[dict[str, Slices], Files]  # by one rank: where its slices lie, by part; and its files
+
+
+def collect(parts: Mapping[str, Any], *, own: Collection[str]) -> tuple[Parts, int]:
+    """What is this rank's to write of the trees, of the same memory; and the bytes of all ranks' tensors together."""
+    collected, num_bytes = {}, 0
+    for part, tree in parts.items():
+        structure, tensors = flatten(tree)
+        num_bytes += shards.num_bytes(tensors)
+        ours = {name: t for name, t in tensors.items() if part in own or is_first_copy(t)}  # the main rank's: all
+        collected[part] = structure, shards.pieces(ours)
+    return collected, num_bytes
 
 
 def write_parts(folder: Path, step: int, parts: Parts, *, own: Collection[str]) -> Written:
@@ -41,8 +53,7 @@ def write_parts(folder: Path, step: int, parts: Parts, *, own: Collection[str]) 
             paths.append(into / shards.INDEX)
         else:
             into = folder / part
-            written = shards.write(into, {name: t for name, t in tensors.items() if is_first_copy(t)})
-            slices[part] = written
+            written = slices[part] = shards.write(into, tensors)
         paths += sorted({into / where["file"] for where in written.values()})
         fault.point("after_shard_write", step=step, rank=rank())
     return slices, _synced(folder, paths)
@@ -56,7 +67,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], shared: Parts, by_ran
     for _, theirs in by_rank:
         files |= theirs
     versions = {"torchft": TORCHFT, "torch": torch.__version__}
-    manifest = {**about, **versions, "files": dict(sorted(files.items()))}
+    manifest = {"format": FORMAT, **about, **versions, "files": dict(sorted(files.items()))}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 

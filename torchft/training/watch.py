@@ -43,11 +43,6 @@ class Watch:
             # From a thread of C, which a hung interpreter does not stop.
             faulthandler.dump_traceback_later(DUMP_SHARE * self._timeout_s, file=self._file)
 
-    def is_lost_contact(self, error: RuntimeError) -> bool:
-        return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
-            sign in str(error) for sign in SIGNS
-        )
-
     def report(self, error: RuntimeError) -> str:
         """For the screen: the ranks that noticed nothing, which are those that died or hang, and their steps."""
         why = re.sub(
@@ -77,3 +72,9 @@ class Watch:
     def _last_step(self, r: int) -> int:
         key = f"torchft/step/{r}"
         return int(self._store.get(key)) + 1 if self._store.check([key]) else 0
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether this is what torch says when another rank died, or did not answer in time."""
+    is_network = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+    return is_network or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))

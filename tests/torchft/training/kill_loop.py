@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from torchft.training.checkpoint import clean, latest, prune, save
+from torchft.training.checkpoint import clean, latest, prune
+from torchft.training.saver import save
 
 torch.set_num_threads(1)  # a fork does not take a thread pool along
 output_dir, kills = Path(sys.argv[1]), int(sys.argv[2])

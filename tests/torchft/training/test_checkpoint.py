@@ -17,7 +17,8 @@ import torch
 
 from torchft.errors import UserError
 from torchft.training import disk, fault
-from torchft.training.checkpoint import best, clean, damage, latest, prune, save, steps
+from torchft.training.checkpoint import best, clean, damage, latest, prune, steps
+from torchft.training.saver import save
 
 HERE = Path(__file__).parent
 

@@ -21,8 +21,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchft import ranks
 from torchft.errors import UserError
 from torchft.training import checkpoint, fault
-from torchft.training.checkpoint import clean, damage, latest, prune, save, steps
+from torchft.training.checkpoint import clean, damage, latest, prune, steps
 from torchft.training.optim import param_groups
+from torchft.training.saver import save
 from torchft.training.seed import load_rng_state, rng_state
 from torchft.training.shards import TensorFolder
 from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
@@ -103,7 +104,9 @@ def load_as_two(folder):
         found[step.number] = step.read_own("own")
     warnings = [record.getMessage() for record in said.queue]
     latest_of_damaged(folder)
-    prune(folder, "r", newest=4, keep_last=2)
+    if ranks.is_main():
+        prune(folder, "r", newest=4, keep_last=2)
+    dist.barrier()
     return r, found, warnings, names(folder)
 
 

@@ -6,10 +6,11 @@ from torch import nn
 
 from torchft.errors import UserError
 from torchft.training import cpu_offload
-from torchft.training.checkpoint import latest, save
+from torchft.training.checkpoint import latest
 from torchft.training.cpu_offload import AdamWOffloaded
 from torchft.training.in_backward import InBackward
 from torchft.training.optim import param_groups
+from torchft.training.saver import save
 from torchft.training.schedules import attach, cosine
 from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import AdamWStochastic

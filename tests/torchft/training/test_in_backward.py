@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from torchft.errors import UserError
-from torchft.training.checkpoint import latest, save
+from torchft.training.checkpoint import latest
 from torchft.training.in_backward import InBackward
 from torchft.training.optim import MuonWithAdamW, clip_grad_norm, param_groups
+from torchft.training.saver import save
 from torchft.training.schedules import attach, cosine
 from torchft.training.state import load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import AdamWStochastic

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from torchft.errors import UserError
-from torchft.training.checkpoint import save
 from torchft.training.run_folder import changes, open_run, redacted_command
+from torchft.training.saver import save
 
 CONFIG = "optimizer:\n  lr: 0.0001\n  betas: [0.9, 0.95]\nseed: 0\nmax_steps: 10\n"
 

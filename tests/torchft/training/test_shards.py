@@ -16,7 +16,8 @@ from torchft.training.tree import flatten
 def write(folder, tree, **options):
     structure, tensors = flatten(tree)
     folder.mkdir()
-    shards.write_index(folder, structure, tensors, [shards.write(folder, tensors, **options)])
+    pieces = shards.pieces(tensors)
+    shards.write_index(folder, structure, pieces, [shards.write(folder, pieces, **options)])
     return TensorFolder(folder)
 
 

@@ -15,8 +15,9 @@ from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 
 from torchft.errors import UserError
 from torchft.ranks import sharded_like
-from torchft.training.checkpoint import latest, save
+from torchft.training.checkpoint import latest
 from torchft.training.optim import MuonWithAdamW, param_groups
+from torchft.training.saver import save
 from torchft.training.schedules import attach, cosine
 from torchft.training.seed import load_rng_state, rng_state
 from torchft.training.shards import TensorFolder
