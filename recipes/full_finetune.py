@@ -27,6 +27,8 @@ from torchft.data.mixture import mix
 from torchft.data.prefetch import Prefetch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
+from torchft.data.stream import Stream, StreamConfig, gather
+from torchft.data.stream_loader import open_loader
 from torchft.data.summary import Summary, summarise
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
@@ -75,6 +77,7 @@ class Config:
     # Data
     dataset: Dataset | None = None
     datasets: list[Dataset] = field(default_factory=list)  # or several, each with a weight and a stage if wanted
+    streaming: StreamConfig | None = None  # read and tokenise while training, for large data; `streaming: {}`
     chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
     exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
@@ -123,6 +126,8 @@ class Config:
     def conflicts(self) -> Iterator[str]:
         if bool(self.dataset) == bool(self.datasets):
             yield "dataset: give one data set here, or several in datasets"
+        if self.streaming and not self.max_steps:
+            yield "streaming: a stream has no end; say in max_steps after how many optimizer steps to stop"
         if self.eval_every and not self.dataset_eval and not self.exact_match:
             yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
         if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
@@ -153,17 +158,18 @@ def load_model(config: Config, model: Decoder, world: World) -> None:
         hub.load_weights(model, config.checkpoint_dir)
 
 
-def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
+def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, Samples | None, Summary]:
     """What to train on, what is held out, and what the training data holds. Refuses data that cannot train."""
     vocab_size = models.sizes(config.checkpoint_dir).vocab_size
     nodes = config.datasets or [node for node in (config.dataset,) if node]
-    samples = mix([node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes])
+    built = [node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes]
+    samples = gather(built, streaming=config.streaming)
     summary = summarise(samples)
-    summary.check(vocab_size=vocab_size, num_rows=len(samples), batch_size=config.batch_size)
+    summary.check(vocab_size=vocab_size, batch_size=config.batch_size)
     if config.dataset_eval is None:
         return samples, None, summary
     held_out = mix([config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)])
-    summarise(held_out).check(vocab_size=vocab_size, num_rows=len(held_out), batch_size=1)
+    summarise(held_out).check(vocab_size=vocab_size, batch_size=1)
     return samples, held_out, summary
 
 
@@ -237,7 +243,7 @@ def train(config: Config, run: Run, world: World) -> None:
     how |= {"rank": world.rank, "num_ranks": world.size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
-    loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)
+    loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
     step = 0

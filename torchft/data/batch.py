@@ -1,11 +1,18 @@
-"""A batch: rows of tokens, what is learned at each, and where their documents are."""
+"""A batch of rows as tensors, and `collate`, which makes one of samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchft.losses.likelihood import IGNORE
+
+PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
+
+
+Document = tuple[Tensor, Tensor]  # tokens and labels [n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +54,59 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         moved: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
+
+
+def collate(
+    rows: Sequence[Sequence[Sequence[Document]]],
+    *,
+    shape: tuple[int, int],
+    packed: bool,
+    are_pairs: bool,
+    pad_id: int,
+    targets: Tensor | None,
+    all_supervised: int,
+    all_samples: int,
+    samples: tuple[int, ...],
+    where: tuple[str, ...],
+) -> Batch:
+    """``rows`` of samples, each its documents, as a batch of ``shape`` [b, s]; b may be more than the rows."""
+    b, s = shape
+    tokens = torch.full((b, s), pad_id)
+    labels = torch.full((b, s), IGNORE)
+    count = torch.arange(s)
+    positions = count.repeat(b, 1) if packed or are_pairs else None  # an empty row is one document
+    documents_of, num_documents = list[list[int]](), 0
+    for r, row in enumerate(rows):
+        at = 0
+        for documents in row:
+            documents_of.append(list(range(num_documents, num_documents + len(documents))))
+            num_documents += len(documents)
+            for document_tokens, document_labels in documents:
+                n = len(document_tokens)
+                tokens[r, at : at + n] = document_tokens
+                labels[r, at : at + n] = document_labels
+                if positions is not None:
+                    positions[r, at : at + n] = count[:n]
+                at += n
+        if positions is not None and at < s:
+            positions[r, at:] = count[: s - at]  # the padding is a document of its own
+            num_documents += 1
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        positions=positions,
+        documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
+        documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(samples), 1 + are_pairs),
+        targets=targets,
+        num_tokens=len(rows) * s,
+        num_supervised=int((labels != IGNORE).sum()),
+        all_supervised=all_supervised,
+        all_samples=all_samples,
+        samples=samples,
+        where=where,
+    )
+
+
+def padded_length(longest: int, seq_len: int) -> int:
+    """How long unpacked rows are, of which one has ``longest`` tokens."""
+    return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, seq_len)

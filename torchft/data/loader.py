@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torchft.data.batch import Batch
+from torchft.data.batch import Batch, collate, padded_length
 from torchft.data.mixture import epoch_samples, generator_of
 from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
@@ -24,8 +24,6 @@ from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 
 log = logging.getLogger(__name__)
-
-PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 
 
 class Loader:
@@ -115,23 +113,11 @@ class Loader:
 
         ``batch_size`` and the number of ranks may change: the position counts rows.
         """
-        differences = [
-            f"{key} was {state.get(key)!r}, now {value!r}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if differences:
-            why = "the saved position would point at other samples"
-            ways = "restore the data and settings (fingerprint covers files, tokenizer, template), or start a new run"
-            raise UserError(f"cannot resume the data loader: {'; '.join(differences)}. {why.capitalize()}; {ways}")
-        if (before := state.get("all_rows", self.all_rows)) != self.all_rows:
-            log.warning(
-                "a batch of all ranks had %d rows when the run was saved and has %d now: the same samples follow in "
-                "the same order, in steps of another size unless gradient_accumulation_steps makes up for it",
-                before,
-                self.all_rows,
-            )
+        check_same(state, self._identity(), all_rows=self.all_rows)
         self.epoch, self._next_row, self._rows = state["epoch"], state["next_row"], None
+
+    def close(self) -> None:
+        """Nothing: it holds no threads and no processes."""
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -173,46 +159,41 @@ class Loader:
 
     def _collate(self, rows: list[list[int]], *, of: list[list[int]]) -> Batch:
         """This rank's ``rows`` as a batch; ``of``: those of all ranks."""
-        b, s = self.batch_size if self.one_shape else max(1, len(rows)), self._row_length(rows)
-        tokens = torch.full((b, s), self.samples.pad_id)
-        labels = torch.full((b, s), IGNORE)
-        count = torch.arange(s)
-        positions = count.repeat(b, 1) if self.packed or self._are_pairs else None  # an empty row is one document
-        documents_of, num_documents = list[list[int]](), 0
-        for r, row in enumerate(rows):
-            at = 0
-            for sample in row:
-                documents = self.samples.documents(sample)
-                documents_of.append(list(range(num_documents, num_documents + len(documents))))
-                num_documents += len(documents)
-                for document in documents:
-                    n = document.stop - document.start
-                    tokens[r, at : at + n] = self._tokens[document]
-                    labels[r, at : at + n] = self._labels[document]
-                    if positions is not None:
-                        positions[r, at : at + n] = count[:n]
-                    at += n
-            if positions is not None and at < s:
-                positions[r, at:] = count[: s - at]  # the padding is a document of its own
-                num_documents += 1
-        chosen = [sample for row in rows for sample in row]
-        return Batch(
-            tokens=tokens,
-            labels=labels,
-            positions=positions,
-            documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
-            documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(chosen), 1 + self._are_pairs),
-            targets=None if self._targets is None else self._targets[chosen],
-            num_tokens=len(rows) * s,
-            num_supervised=int((labels != IGNORE).sum()),
+        data, starts = self.samples, self.samples.starts
+        samples = tuple(sample for row in rows for sample in row)
+        longest = max((starts[i + 1] - starts[i] for i in samples), default=1)
+        whole = self.packed or self.one_shape
+        return collate(
+            [[[self._document(place) for place in data.documents(sample)] for sample in row] for row in rows],
+            shape=(
+                self.batch_size if self.one_shape else max(1, len(rows)),
+                data.seq_len if whole else padded_length(longest, data.seq_len),
+            ),
+            packed=self.packed,
+            are_pairs=self._are_pairs,
+            pad_id=data.pad_id,
+            targets=None if self._targets is None else self._targets[list(samples)],
             all_supervised=int(self._supervised[[sample for row in of for sample in row]].sum()),
             all_samples=sum(map(len, of)),
-            samples=tuple(chosen),
-            where=tuple(self.samples.where(sample) for sample in chosen),
+            samples=samples,
+            where=tuple(data.where(sample) for sample in samples),
         )
 
-    def _row_length(self, rows: list[list[int]]) -> int:
-        if self.packed or self.one_shape:
-            return self.samples.seq_len
-        longest = max((self.samples.starts[i + 1] - self.samples.starts[i] for (i,) in rows), default=1)
-        return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.samples.seq_len)
+    def _document(self, place: slice) -> tuple[Tensor, Tensor]:
+        return self._tokens[place], self._labels[place]
+
+
+def check_same(state: dict[str, Any], identity: dict[str, Any], *, all_rows: int) -> None:
+    """UserError with every difference between a saved loader's identity and this one's; a warning for other batches."""
+    differences = [f"{k} was {state.get(k)!r}, now {value!r}" for k, value in identity.items() if state.get(k) != value]
+    if differences:
+        why = "the saved position would point at other samples"
+        ways = "restore the data and settings (fingerprint covers files, tokenizer, template), or start a new run"
+        raise UserError(f"cannot resume the data loader: {'; '.join(differences)}. {why.capitalize()}; {ways}")
+    if (before := state.get("all_rows", all_rows)) != all_rows:
+        log.warning(
+            "a batch of all ranks had %d rows when the run was saved and has %d now: the same samples follow in the "
+            "same order, in steps of another size unless gradient_accumulation_steps makes up for it",
+            before,
+            all_rows,
+        )

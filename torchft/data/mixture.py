@@ -21,11 +21,11 @@ def mix(datasets: Sequence[Dataset]) -> Samples:
     check_weights(datasets)
     made = [dataset.samples() for dataset in datasets]
     if len(made) == 1:
-        made[0].parts = [replace(_part(datasets[0], 0, len(made[0])), weight=None)]
+        made[0].parts = [replace(part_of(datasets[0], 0, len(made[0])), weight=None)]
         return made[0]
     joined = Samples(seq_len=made[0].seq_len, pad_id=made[0].pad_id)
     for dataset, samples in zip(datasets, made):
-        joined.extend(samples, _part(dataset, len(joined), len(joined) + len(samples)))
+        joined.extend(samples, part_of(dataset, len(joined), len(joined) + len(samples)))
     return joined
 
 
@@ -85,6 +85,7 @@ def generator_of(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def _part(dataset: Dataset, start: int, stop: int) -> Part:
+def part_of(dataset: Dataset, start: int, stop: int) -> Part:
+    """The samples [start, stop) as those of ``dataset``."""
     read = dataset.reading
     return Part(name=dataset.name, start=start, stop=stop, weight=read.weight, stage=read.stage)

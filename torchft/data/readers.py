@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,28 @@ LINE_LIMIT = 64 << 20  # bytes of one line; more is a broken file, and would fil
 FILE_LIMIT = 1 << 30  # bytes of a file that is read whole: a .json array, a .txt document
 
 
-def jsonl(path: Path) -> Numbered:
+def read(path: Path, *, skip: int = 0) -> Numbered:
+    """The rows of a file after the first ``skip``, which .jsonl and .parquet files pass over without parsing them."""
+    if path.suffix == ".jsonl":
+        return jsonl(path, skip=skip)
+    return parquet(path, skip=skip) if path.suffix == ".parquet" else islice(READERS[path.suffix](path), skip, None)
+
+
+def count(path: Path) -> int:
+    """The rows of a file."""
+    if path.suffix == ".jsonl":
+        return sum(not line.isspace() for _, line in _lines(path))
+    return sum(1 for _ in READERS[path.suffix](path))
+
+
+def jsonl(path: Path, *, skip: int = 0) -> Numbered:
     """One JSON object per line; blank lines are skipped."""
     for number, (offset, line) in enumerate(_lines(path), 1):
-        if not line.isspace():
+        if line.isspace():
+            continue
+        if skip:
+            skip -= 1
+        else:
             yield number, _parse(line, path, number, offset)
 
 
@@ -70,17 +89,21 @@ def csv_table(path: Path) -> Numbered:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {e}; check the quotes") from None
 
 
-def parquet(path: Path) -> Numbered:
+def parquet(path: Path, *, skip: int = 0) -> Numbered:
     """Rows of a parquet file, a few at a time."""
     import pyarrow.parquet  # half a second, and only these files need it
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
+            groups = range(file.num_row_groups)
+            while groups and (size := file.metadata.row_group(groups[0]).num_rows) <= skip - number:
+                groups, number = groups[1:], number + size
+            for batch in file.iter_batches(batch_size=256, row_groups=list(groups)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    if number > skip:
+                        yield number, row
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: cannot be read as parquet after row {number}: {e}{_hint(path)}") from None
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchft.data.readers import READERS
+from torchft.data.readers import READERS, count, read
 from torchft.errors import UserError
 from torchft.names import nearest
 
@@ -74,9 +74,9 @@ def rows(source: Source) -> Iterator[Row]:
     if any(_is_hub_name(path) for path in paths):
         if len(paths) > 1:
             raise UserError(f"dataset.source: [{source}] mixes Hub names into a list; a list is for local files")
-        found = _hub_rows(paths[0], source)
+        found = hub_rows(paths[0], source)
     else:
-        found = _sliced(files_of(source), _parse_split(source.split)[1])
+        found = _sliced(files_of(source), parse_split(source.split)[1])
     empty = True
     for row in islice(found, source.max_rows):
         empty = False
@@ -90,7 +90,7 @@ def files_of(source: Source) -> list[Path]:
     paths = [source.path] if isinstance(source.path, str) else source.path
     if any(_is_hub_name(path) for path in paths):
         return []
-    return [file for path in paths for file in _files(path, _parse_split(source.split)[0])]
+    return [file for path in paths for file in _files(path, parse_split(source.split)[0])]
 
 
 def _is_hub_name(path: str) -> bool:
@@ -99,20 +99,21 @@ def _is_hub_name(path: str) -> bool:
     return named and Path(path).suffix not in READERS and not Path(path).exists()
 
 
-def _hub_rows(name: str, source: Source) -> Iterator[Row]:
+def hub_rows(name: str, source: Source, *, streaming: bool = False, skip: int = 0) -> Iterator[Row]:
     import datasets  # takes seconds: only for Hub names
 
     try:
         subset, is_folder = source.subset, "/" in (source.subset or "")
         where = {"data_dir": subset} if is_folder else {"name": subset}
-        data = datasets.load_dataset(name, **where, split=source.split, revision=source.revision)
+        data = datasets.load_dataset(name, **where, split=source.split, revision=source.revision, streaming=streaming)
+        data = data.skip(skip) if skip else data
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         raise UserError(
             f"{name} is nothing local, and as a Hub data set (subset {source.subset}, split {source.split!r}, "
             f"revision {source.revision}) it cannot be loaded: {e}. Check the name, `hf auth login` and the network"
         ) from e
     origin = f"{name}[{source.split}]"
-    return (Row(origin, number, values) for number, values in enumerate(data, 1))
+    return (Row(origin, number, values) for number, values in enumerate(data, skip + 1))
 
 
 def _files(path: str, split: str) -> list[Path]:
@@ -159,7 +160,7 @@ def _canonical(split: str) -> str:
     return next((name for name, words in SPLIT_WORDS.items() if split in words), split)
 
 
-def _parse_split(split: str) -> tuple[str, tuple[str, str] | None]:
+def parse_split(split: str) -> tuple[str, tuple[str, str] | None]:
     """'train[10%:500]' -> ('train', ('10%', '500'))."""
     bound = r"((?:-?\d+%?)?)"
     match = re.fullmatch(rf"(\w+)(?:\[{bound}:{bound}\])?", split)
@@ -173,22 +174,27 @@ def _sliced(files: list[Path], bounds: tuple[str, str] | None) -> Iterator[Row]:
     if bounds is None:
         yield from _read(files)
         return
-    count = sum(1 for _ in _read(files))  # a second read is cheap beside tokenising, and no row stays in memory
+    start, stop = absolute(bounds, sum(map(count, files)))
+    yield from islice(_read(files), start, stop)
 
-    def absolute(bound: str, default: int) -> int:
+
+def absolute(bounds: tuple[str, str], num_rows: int) -> tuple[int, int]:
+    """('10%', '') -> (10, 100) of 100 rows."""
+
+    def place(bound: str, default: int) -> int:
         if not bound:
             return default
-        at = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
-        return min(max(at + count if at < 0 else at, 0), count)
+        at = round(int(bound[:-1]) * num_rows / 100) if bound.endswith("%") else int(bound)
+        return min(max(at + num_rows if at < 0 else at, 0), num_rows)
 
-    yield from islice(_read(files), absolute(bounds[0], 0), absolute(bounds[1], count))
+    return place(bounds[0], 0), place(bounds[1], num_rows)
 
 
 def _read(files: list[Path]) -> Iterator[Row]:
     seen, reported = 0, time.monotonic()
     for file in files:
         origin = str(file)
-        for number, values in READERS[file.suffix](file):
+        for number, values in read(file):
             yield Row(origin, number, values)
             seen += 1
             if seen % 1000 == 0 and time.monotonic() - reported > 10:

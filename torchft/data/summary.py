@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from torchft.data.samples import Samples
+from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 
@@ -39,6 +40,7 @@ class Summary:
     max_id: int  # highest token id
     cache: Path | None = None  # the file that the tokens were read from instead of being made
     sources: tuple[Share, ...] = ()  # of each of several data sets
+    is_probe: bool = False  # only the first rows of a stream
 
     @property
     def supervised_share(self) -> float:
@@ -47,8 +49,9 @@ class Summary:
 
     def lines(self) -> list[str]:
         """A few lines for people."""
+        what = "a stream; its first " if self.is_probe else ""
         out = [
-            f"{self.rows:,} rows -> {self.samples:,} samples, {self.tokens:,} tokens",
+            f"{what}{self.rows:,} rows -> {self.samples:,} samples, {self.tokens:,} tokens",
             f"{self.supervised:,} tokens supervised ({self.supervised_share:.1%})",
             f"longest row {self.longest:,} tokens (seq_len {self.seq_len:,})",
         ]
@@ -70,20 +73,19 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def check(self, *, vocab_size: int, num_rows: int, batch_size: int) -> None:
+    def check(self, *, vocab_size: int, batch_size: int) -> None:
         """UserError with every reason not to train on this.
 
         Args:
             vocab_size: rows of the model's embedding.
-            num_rows: rows of a batch that one epoch has: samples, or packed rows.
         """
         problems = []
         if not self.supervised:
             why = "; ".join(f"{n:,} rows {reason}" for reason, n in self.dropped.items()) or "every row is empty"
             problems.append(f"nothing to train on: none of {self.rows:,} rows has a supervised token ({why})")
-        elif num_rows < batch_size:
-            ways = "lower batch_size, add data" + (", or set packed: false" if num_rows < self.samples else "")
-            problems.append(f"batch_size {batch_size} is more than the {num_rows} rows of an epoch; {ways}")
+        elif self.samples < batch_size and not self.is_probe:
+            ways = "lower batch_size or add data"
+            problems.append(f"batch_size {batch_size} is more than the {self.samples} samples of an epoch; {ways}")
         if self.max_id >= vocab_size:
             problems.append(
                 f"token id {self.max_id} is outside the model's {vocab_size} embedding rows: "
@@ -93,8 +95,9 @@ class Summary:
             raise UserError(*(f"dataset: {p}" for p in problems))
 
 
-def summarise(samples: Samples) -> Summary:
-    """Count what ``samples`` holds."""
+def summarise(data: Samples | Stream) -> Summary:
+    """Count what ``data`` holds; of a stream, its first rows."""
+    samples = data.probe if isinstance(data, Stream) else data
     counts, starts = samples.counts, samples.starts
     tokens = torch.frombuffer(samples.tokens, dtype=torch.int32) if samples.tokens else torch.zeros(0)
     trained = torch.frombuffer(samples.labels, dtype=torch.int32) != IGNORE if samples.tokens else torch.zeros(0)
@@ -123,4 +126,5 @@ def summarise(samples: Samples) -> Summary:
         max_id=int(tokens.max()) if len(tokens) else -1,
         cache=samples.cache,
         sources=shares if len(shares) > 1 else (),
+        is_probe=isinstance(data, Stream),
     )

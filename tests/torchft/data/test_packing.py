@@ -1,5 +1,6 @@
 """Packing: every sample once and whole, capacity kept, rows full, O(n log n), the same for the same generator."""
 
+import math
 import random
 import time
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchft.data.packing import fill, pack
+from torchft.data.packing import OnlinePacker, fill, pack
 
 
 def packed(lengths, capacity, seed=0):
@@ -81,3 +82,45 @@ def test_d11_sample_longer_than_a_row():
 def test_nothing():
     assert packed([], 8) == []
     assert fill(0, 0, 8) == 0.0
+
+
+def stream_rows(lengths, capacity, lookahead):
+    """Rows of (number, length) that an OnlinePacker makes of a stream, until it is empty."""
+    packer, numbered, rows = OnlinePacker(capacity), iter(enumerate(lengths)), []
+    while True:
+        for number, length in numbered:
+            packer.add(number, (number, length), length)
+            if len(packer) == lookahead:
+                break
+        if not len(packer):
+            return rows
+        rows.append((packer.row(), [number for number, _ in packer._items.values()]))
+
+
+@given(st.lists(st.integers(1, 50), max_size=80), st.integers(1, 12))
+def test_online_rows_hold_each_sample_once_whole_and_none_waits_too_long(lengths, lookahead):
+    rows = stream_rows(lengths, 50, lookahead)
+    assert sorted(item for row, _ in rows for item in row) == list(enumerate(lengths))
+    for i, (row, waiting) in enumerate(rows):
+        assert 0 < sum(length for _, length in row) <= 50
+        assert all(row[0][0] < number for number in waiting), "the oldest comes first"
+        free = 50 - sum(length for _, length in row)
+        assert all(lengths[number] > free for number in waiting), "nothing that waits would still fit"
+        assert i <= row[0][0]
+
+
+def test_online_best_fit_by_hand():
+    packer = OnlinePacker(10)
+    for number, length in enumerate([4, 3, 6, 5, 6, 1]):
+        packer.add(number, number, length)
+    assert [packer.row() for _ in range(3)] == [[0, 2], [1, 4, 5], [3]]  # of two 6s the older; then 3 + 6 + 1
+    assert packer.oldest() is None and len(packer) == 0
+
+
+def test_online_rows_are_98_percent_full_on_instruction_lengths():
+    """Log-normal lengths of a median of 150 and of 700 tokens, cut at 2048, as instruction data has them."""
+    for median in (150, 700):
+        draw = random.Random(median)
+        lengths = [min(2048, max(20, int(draw.lognormvariate(math.log(median), 0.9)))) for _ in range(20_000)]
+        rows = stream_rows(lengths, 2048, 512)[:-40]  # the end of a stream, which ours do not have
+        assert fill(sum(length for row, _ in rows for _, length in row), len(rows), 2048) > 0.99

@@ -40,29 +40,29 @@ def test_counts_and_lines():
         "1 rows spell a control token in their text; encoded as plain text",
     ]
     assert str(found).startswith("5 rows -> 2 samples")
-    found.check(vocab_size=61, num_rows=2, batch_size=2)
+    found.check(vocab_size=61, batch_size=2)
 
 
 def test_d9_nothing_supervised_stops():
     with pytest.raises(
         UserError, match=r"none of 3 rows has a supervised token \(2 rows nothing to train on; 1 rows empty"
     ):
-        summary(UNTRAINED, UNTRAINED, None).check(vocab_size=100, num_rows=0, batch_size=1)
+        summary(UNTRAINED, UNTRAINED, None).check(vocab_size=100, batch_size=1)
     with pytest.raises(UserError, match="1 rows cut before the first trained token"):
-        summary(LONG, seq_len=2).check(vocab_size=100, num_rows=0, batch_size=1)
+        summary(LONG, seq_len=2).check(vocab_size=100, batch_size=1)
 
 
 def test_d14_ids_beyond_the_embedding_stop():
     with pytest.raises(UserError, match="token id 60 is outside the model's 60 embedding rows"):
-        summary(SHORT).check(vocab_size=60, num_rows=1, batch_size=1)
+        summary(SHORT).check(vocab_size=60, batch_size=1)
 
 
 def test_d17_fewer_rows_than_one_batch_stop():
-    with pytest.raises(UserError, match=r"batch_size 4 is more than the 1 rows of an epoch; .*packed: false"):
-        summary(SHORT, SHORT).check(vocab_size=100, num_rows=1, batch_size=4)
+    with pytest.raises(UserError, match=r"batch_size 4 is more than the 2 samples of an epoch; lower batch_size"):
+        summary(SHORT, SHORT).check(vocab_size=100, batch_size=4)
 
 
 def test_all_problems_at_once():
     with pytest.raises(UserError) as e:
-        summary(SHORT).check(vocab_size=50, num_rows=1, batch_size=4)
+        summary(SHORT).check(vocab_size=50, batch_size=4)
     assert len(e.value.problems) == 2
