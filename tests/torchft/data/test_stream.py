@@ -13,6 +13,7 @@ from letters import Letters, turns, write_jsonl
 from torchft.data.datasets import auto, chat
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
+from torchft.data.preferences import pairs
 from torchft.data.prefetch import Prefetch
 from torchft.data.stream import StreamConfig, gather
 from torchft.data.stream_loader import StreamLoader, open_loader
@@ -239,3 +240,35 @@ def test_the_summary_is_of_the_first_rows(datasets):
     summary = summarise(stream(datasets))
     assert summary.is_probe and str(summary).startswith("a stream; its first 42 rows -> 42 samples")
     summary.check(vocab_size=2000, batch_size=100)  # more than the probe has
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_pairs_are_streamed_whole_with_their_targets(tmp_path, packed):
+    """Their documents and numbers are those of the same rows tokenised before training, and they resume."""
+    rows = [
+        {"prompt": "Q" * (i % 5 + 1), "chosen": f"good{i}", "rejected": "bad" * (i % 3 + 1), "m": i / 2}
+        for i in range(17)
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    data = [pairs(path, tokenizer=Letters(), seq_len=80, margin_column="m")]
+    made = mix(data)
+    by_place = {made.where(i): i for i in range(len(made))}
+    straight, resumed = loader(data, packed=packed), loader(data, packed=packed)
+    seen = 0
+    for _ in range(20):
+        state = straight.state_dict()
+        (batch,) = straight.take(1)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        same(*resumed.take(1), batch)
+        cuts = [*(batch.positions.flatten() == 0).nonzero().flatten().tolist(), batch.tokens.numel()]
+        for k, (where, documents) in enumerate(zip(batch.where, batch.documents_of.tolist(), strict=True)):
+            places = made.documents(by_place[where])
+            assert len(documents) == len(places) == 2
+            for document, place in zip(documents, places):
+                start, stop = cuts[document], cuts[document + 1]
+                assert batch.tokens.flatten()[start:stop].tolist() == made.tokens[place].tolist()
+                assert batch.labels.flatten()[start:stop].tolist() == made.labels[place].tolist()
+            assert batch.targets[k].tolist() == [int(where.rpartition(":")[2]) / 2 - 0.5]
+            seen += 1
+        assert batch.all_samples == len(batch.where)
+    assert seen >= 40
