@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torchft.data.batch import Batch, collate, padded_length
+from torchft.data.batch import Batch, Document, collate, padded_length
 from torchft.data.mixture import epoch_samples, generator_of
 from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
@@ -179,7 +179,7 @@ class Loader:
             where=tuple(data.where(sample) for sample in samples),
         )
 
-    def _document(self, place: slice) -> tuple[Tensor, Tensor]:
+    def _document(self, place: slice) -> Document:
         return self._tokens[place], self._labels[place]
 
 
