@@ -33,6 +33,10 @@ class HubNames:
             name = re.sub(pattern, new, name)
         return name
 
+    def peft_name(self, module: str) -> str:
+        """Our module's name -> that of transformers 5's module, which PEFT wraps."""
+        return (self.stacked or self).rename(module)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from torchft.adapters.lora import lora_layers
 from torchft.adapters.quantised import QuantisedWeight
+from torchft.modules.grouped import StackedLinear
 from torchft.ranks import local, whole
 
+LAYERS = (nn.Linear, StackedLinear)
 NUM_SAMPLES = 1024  # values of each tensor that go into a digest
 MEANING = {
     "torchft.base": "its embedding and norms are another model's",
@@ -22,7 +24,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
     All ranks call it.
     """
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LAYERS)}
     base = {n: p for n, p in model.named_parameters() if n not in linears and ".lora_" not in n}
     adapted = {name: layer.weight for name, layer in lora_layers(model).items()}
     digests = {"torchft.base": _digest(base)}

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_linears
+from torchft.adapters.stacked import StackedLoRA
+from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_layers
 from torchft.config import Range
+from torchft.errors import UserError
+from torchft.modules.grouped import StackedLinear
 from torchft.ranks import copy_part, local, whole
 
 
@@ -139,23 +142,27 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, dtype: torch.dtype = tor
     Returns their names in the model's order. Call it before compile and FSDP, and ``init_adapters`` (or ``load_peft``)
     once the weights are loaded. Raises UserError for a pattern that matches nothing.
     """
-    linears = find_linears(model, config.targets, key="lora.targets")
-    ranks = by_pattern(linears, config.rank_pattern, default=config.rank, key="lora.rank_pattern")
-    alphas = by_pattern(linears, config.alpha_pattern, default=config.alpha, key="lora.alpha_pattern")
-    model.requires_grad_(False)
-    for name, linear in linears.items():
-        assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}, whose forward an adapter would lose"
-        layer = LoRALinear(
-            linear,
-            ranks[name],
-            alphas[name],
-            dropout=config.dropout,
-            rslora=config.rslora,
-            dora=config.dora,
-            dtype=dtype,
+    layers = find_layers(model, config.targets, key="lora.targets")
+    ranks = by_pattern(layers, config.rank_pattern, default=config.rank, key="lora.rank_pattern")
+    alphas = by_pattern(layers, config.alpha_pattern, default=config.alpha, key="lora.alpha_pattern")
+    if config.dora and (experts := [name for name, layer in layers.items() if isinstance(layer, StackedLinear)]):
+        raise UserError(
+            f"lora.dora: {experts[0]} has the weights of many experts, which DoRA is not for: name other layers in "
+            "lora.targets, or leave dora out"
         )
-        model.set_submodule(name, layer)
-    return list(linears)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        assert type(layer) in (nn.Linear, StackedLinear), f"an adapter would lose what a {type(layer).__name__} does"
+        rank, alpha = ranks[name], alphas[name]
+        adapted: LoRALinear | StackedLoRA
+        if isinstance(layer, StackedLinear):
+            adapted = StackedLoRA(layer, rank, alpha, dropout=config.dropout, rslora=config.rslora, dtype=dtype)
+        else:
+            adapted = LoRALinear(
+                layer, rank, alpha, dropout=config.dropout, rslora=config.rslora, dora=config.dora, dtype=dtype
+            )
+        model.set_submodule(name, adapted)
+    return list(layers)
 
 
 def init_adapters(model: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -167,9 +174,9 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
         layer.init_adapter(generator)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | StackedLoRA]:
     """The layers with an adapter by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, StackedLoRA))}
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
@@ -199,7 +206,7 @@ def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None)
     """
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(parent)
-    if isinstance(module, LoRALinear) and child == "weight":
+    if isinstance(module, (LoRALinear, StackedLoRA)) and child == "weight":
         return module.merged_weight(dtype)
     parameter = whole(model.get_parameter(name))
     return parameter.to(dtype or parameter.dtype)

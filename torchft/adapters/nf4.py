@@ -6,14 +6,16 @@ Contract with the loader: none. An ``NF4Weight`` has the shape and dtype of the 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchft.adapters.quantised import QuantisedWeight
-from torchft.adapters.targets import ALL_LINEAR, find_linears
+from torchft.adapters.targets import ALL_LINEAR, find_layers
 from torchft.errors import UserError
 from torchft.kernels import nf4
+from torchft.modules.grouped import StackedLinear, grouped_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,9 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
     this before ``apply_lora``; ``device`` has no effect any more. Raises UserError for a pattern that matches nothing
     and for layers that do not fit.
     """
-    layers = find_linears(model, config.targets, key="nf4.targets")
+    layers = find_layers(model, config.targets, key="nf4.targets")
     problems = [
-        f"nf4.targets: {name} has {layer.out_features} x {layer.in_features} = {layer.weight.numel()} weights, not a "
+        f"nf4.targets: {name} has {' x '.join(map(str, layer.weight.shape))} = {layer.weight.numel()} weights, not a "
         f"multiple of {nf4.GROUP} as NF4 needs: leave it out of the targets"
         for name, layer in layers.items()
         if layer.weight.numel() % nf4.GROUP
@@ -41,6 +43,8 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
         raise UserError(*problems)
     for layer in layers.values():
         layer.weight = nn.Parameter(quantise(layer.weight.detach()), requires_grad=False)
+        if isinstance(layer, StackedLinear):
+            layer.multiply = grouped_nf4
     return list(layers)
 
 
@@ -52,18 +56,18 @@ def check_shards(model: nn.Module, num_shards: int) -> None:
     weights = {n.removesuffix(".weight"): w for n, w in model.named_parameters() if isinstance(w, NF4Weight)}
     rows = {name: math.ceil(weight.shape[0] / num_shards) for name, weight in weights.items()}
     problems = [
-        f"nf4: {name} has {weight.shape[0]} x {weight.shape[1]} weights; each of {num_shards} ranks would hold "
-        f"{rows[name]} rows = {rows[name] * weight.shape[1]}, not a multiple of {nf4.GROUP} as NF4 needs: leave it out "
-        "of nf4.targets, or set parallel.shard to another number"
+        f"nf4: {name} has {' x '.join(map(str, weight.shape))} weights; each of {num_shards} ranks would hold "
+        f"{rows[name]} rows = {rows[name] * math.prod(weight.shape[1:])}, not a multiple of {nf4.GROUP} as NF4 "
+        "needs: leave it out of nf4.targets, or set parallel.shard to another number"
         for name, weight in weights.items()
-        if rows[name] * weight.shape[1] % nf4.GROUP and num_shards > 1
+        if rows[name] * math.prod(weight.shape[1:]) % nf4.GROUP and num_shards > 1
     ]
     if problems:
         raise UserError(*problems)
 
 
 def quantise(weight: Tensor) -> "NF4Weight":
-    """[out, in] -> the same in NF4, on its device; out * in must be a multiple of 16384."""
+    """[out, in] or [e, out, in] -> the same in NF4, on its device; their product must be a multiple of 16384."""
     packed = weight.new_empty(weight.numel() // nf4.GROUP, nf4.GROUP_BYTES, dtype=torch.uint8)
     packed = packed if weight.is_meta else nf4.quantise_(packed, weight)
     return NF4Weight(packed, shape=weight.shape, dtype=weight.dtype)
@@ -80,7 +84,7 @@ def dequantise(*weights: Tensor, tag: int) -> Tensor:
 
 
 class NF4Weight(QuantisedWeight):
-    """A frozen matrix [out, in] in NF4: ``packed`` as kernels/nf4.py lays it out."""
+    """A frozen matrix [out, in], or a stack of them, in NF4: ``packed`` as kernels/nf4.py lays it out."""
 
     PARTS = ("packed",)
     packed: Tensor  # [groups, GROUP_BYTES] uint8
@@ -89,7 +93,7 @@ class NF4Weight(QuantisedWeight):
         nf4.quantise_(self.packed, dense)
 
     def values(self) -> Tensor:
-        return dequantise(self, tag=0)
+        return nf4.dequantise([self.packed], self.shape[-1], self.dtype, 0).view(self.shape)
 
     @property
     def group(self) -> int:
@@ -104,3 +108,23 @@ def nf4_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """``F.linear`` with an NF4 ``weight``: [..., in] -> [..., out], in the dtype of ``input``."""
     assert isinstance(weight, NF4Weight)
     return nf4.NF4Linear.apply(input, weight.packed, bias)
+
+
+def grouped_nf4(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``grouped_linear`` with an NF4 ``weight`` [e, out, in], all of it dequantised for the time of the product."""
+    assert isinstance(weight, NF4Weight)
+    return _Grouped.apply(x, weight.packed, offsets, weight.shape[1])
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, offsets: Tensor, out_features: int) -> Tensor:
+        ctx.save_for_backward(packed, offsets)
+        ctx.shape = (len(offsets), out_features, x.shape[1])
+        return grouped_linear(x, nf4.dequantise([packed], x.shape[1], x.dtype, 0).view(ctx.shape), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        packed, offsets = ctx.saved_tensors
+        weight = nf4.dequantise([packed], ctx.shape[2], grad.dtype, 1).view(ctx.shape)
+        return grouped_linear(grad.contiguous(), weight.mT, offsets), None, None, None

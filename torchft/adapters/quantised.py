@@ -1,5 +1,6 @@
 """What frozen weights in a smaller format (nf4.py, fp8.py) have in common."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class QuantisedWeight(Tensor):
-    """A frozen matrix [out, in] of ``dtype`` to the outside, stored as other tensors. F.linear works on it.
+    """A frozen matrix [out, in], or a stack of them [e, out, in], of ``dtype`` to the outside, stored as other tensors.
+
+    F.linear works on a matrix, ``grouped`` on a stack.
 
     It can be copied, copied into (which quantises), moved, cut between rows and sharded with FSDP2; for anything else
     take its values, with ``.to(dtype)``. A format names its PARTS and says how to fill them, how to read them, where
@@ -28,11 +31,11 @@ class QuantisedWeight(Tensor):
             setattr(self, name, part)
 
     def fill(self, dense: Tensor) -> None:
-        """Quantise ``dense`` [out, in], on this weight's device, into the parts."""
+        """Quantise ``dense``, of this weight's shape, on this weight's device, into the parts."""
         raise NotImplementedError
 
     def values(self) -> Tensor:
-        """The matrix [out, in] that the parts stand for, in ``dtype``."""
+        """What the parts stand for, in ``dtype``."""
         raise NotImplementedError
 
     @property
@@ -66,7 +69,7 @@ class QuantisedWeight(Tensor):
         *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """FSDP2: the weight [out and padding, in] of all ranks' parts, which it is a view of; FSDP cuts the padding.
+        """FSDP2: the weight, [out and padding, in], of all ranks' parts, which it is a view of; FSDP cuts the padding.
 
         FSDP frees the gathered parts after forward by emptying their storage, and fills the same storage for backward,
         so ``out``, made from them by the first call, is whole again, as is what autograd has saved.
@@ -74,15 +77,20 @@ class QuantisedWeight(Tensor):
         if out is not None:
             return None
         parts = metadata or all_gather_outputs
-        rows = len(parts[0]) * self.group // self.shape[1]
-        return type(self)(*parts, shape=(rows, self.shape[1]), dtype=param_dtype), ()
+        rows = len(parts[0]) * self.group // self._row
+        return type(self)(*parts, shape=(rows, *self.shape[1:]), dtype=param_dtype), ()
+
+    @property
+    def _row(self) -> int:
+        """How many weights a row has: of a matrix ``in``, of a stack a whole matrix."""
+        return math.prod(self.shape[1:])
 
     def _parts(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.PARTS)
 
     def _entries(self, rows: int) -> int:
         """How many entries of each part stand for ``rows`` rows."""
-        entries, rest = divmod(rows * self.shape[1], self.group)
+        entries, rest = divmod(rows * self._row, self.group)
         assert not rest, f"{self} cannot be cut after {rows} rows"
         return entries
 
@@ -90,7 +98,7 @@ class QuantisedWeight(Tensor):
         """Rows of this weight, of the same memory."""
         stop = min(stop, self.shape[0])
         parts = (part[self._entries(start) : self._entries(stop)] for part in self._parts())
-        return type(self)(*parts, shape=(stop - start, self.shape[1]), dtype=self.dtype)
+        return type(self)(*parts, shape=(stop - start, *self.shape[1:]), dtype=self.dtype)
 
     def _cut(self, func: Any, *args: Any) -> "QuantisedWeight | list[QuantisedWeight] | None":
         """What FSDP2 and DTensor do to cut a tensor, and to build one from shards; None for any other ``func``."""
@@ -100,10 +108,11 @@ class QuantisedWeight(Tensor):
                 return [self._rows(start, start + num_rows) for start in range(0, self.shape[0], num_rows)]
             case aten.slice.Tensor, (0, start, stop):
                 return self._rows(start, stop)
-            case aten.as_strided.default, ((num_rows, columns), (stride, 1), 0) if columns == stride == self.shape[1]:
+            case aten.as_strided.default, ((num_rows, *others), strides, 0) if others == list(self.shape[1:]):
+                assert tuple(strides) == self.stride(), f"{self} has no rows of strides {strides}"
                 return self._rows(0, num_rows)
             case aten.view.default, (shape,) if shape in ([-1], list(self.shape)):
-                shape = self.shape if len(shape) == 2 else (self.numel(),)
+                shape = self.shape if len(shape) == self.dim() else (self.numel(),)
                 return type(self)(*self._parts(), shape=shape, dtype=self.dtype)
             case aten.new_zeros.default | aten.new_empty.default, ((num_rows, *columns),):
                 parts = (func(part, (self._entries(num_rows), *part.shape[1:])) for part in self._parts())

@@ -7,12 +7,14 @@ from typing import TypeVar
 from torch import nn
 
 from torchft.errors import UserError
+from torchft.modules.grouped import StackedLinear
 from torchft.names import nearest
 
-ALL_LINEAR = "all-linear"  # every nn.Linear but the output head
+ALL_LINEAR = "all-linear"  # every linear layer, those of experts too, but the output head
 OUTPUT_HEADS = ("lm_head",)
 
 Number = TypeVar("Number", int, float)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def find_linears(model: nn.Module, targets: str | Sequence[str], *, key: str) -> dict[str, nn.Linear]:
@@ -20,14 +22,23 @@ def find_linears(model: nn.Module, targets: str | Sequence[str], *, key: str) ->
 
     Raises UserError, naming the YAML ``key``, with every pattern that is no regex or matches no linear layer.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return _find({n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}, targets, key=key)
+
+
+def find_layers(model: nn.Module, targets: str | Sequence[str], *, key: str) -> dict[str, nn.Linear | StackedLinear]:
+    """As ``find_linears``, with the stacked linear layers of experts."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, StackedLinear))}
+    return _find(layers, targets, key=key)
+
+
+def _find(layers: Mapping[str, Layer], targets: str | Sequence[str], *, key: str) -> dict[str, Layer]:
     if targets == ALL_LINEAR:
-        return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] not in OUTPUT_HEADS}
+        return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in OUTPUT_HEADS}
     patterns = [targets] if isinstance(targets, str) else targets
     if not patterns:
         raise UserError(f"{key} is empty: name at least one linear layer, or write {ALL_LINEAR}")
-    regexes = _compile(patterns, list(linears), key=key)
-    return {name: linear for name, linear in linears.items() if any(r.fullmatch(name) for r in regexes)}
+    regexes = _compile(patterns, list(layers), key=key)
+    return {name: layer for name, layer in layers.items() if any(r.fullmatch(name) for r in regexes)}
 
 
 def by_pattern(names: Iterable[str], values: Mapping[str, Number], *, default: Number, key: str) -> dict[str, Number]:

