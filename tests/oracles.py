@@ -23,8 +23,8 @@ def violations(pairs):
 
 
 def gradients(model, loss):
-    """Gradient of every parameter by name."""
-    params = dict(model.named_parameters())
+    """Gradient of every parameter by name, but for those that are not trained by gradients."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
 
 
@@ -55,7 +55,7 @@ def in_our_names(theirs, folder, gradients):
         theirs.save_pretrained(folder)
         for name, p in theirs.named_parameters():
             p.copy_(weights[name])
-    return dict(models.load(folder, dtype=torch.float32).named_parameters())
+    return {n: p for n, p in models.load(folder, dtype=torch.float32).named_parameters() if p.requires_grad}
 
 
 def against_transformers(ours, theirs, tokens, folder):

@@ -38,6 +38,9 @@ def random_(theirs, std=0.2):
     for name, p in theirs.named_parameters():
         base = p.detach() if "norm" in name else 0.0  # some families store norms around 1, some around 0
         p.data.copy_(base + std * torch.randn(p.shape))
+    for name, buffer in theirs.named_buffers():
+        if name in theirs.state_dict():  # Gemma 4's layer_scalar
+            buffer.add_(std * torch.randn(buffer.shape))
     return theirs.eval()
 
 

@@ -1,6 +1,7 @@
 """Folders of safetensors files: opened with care (they come from elsewhere), read slice by slice, written in shards."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +14,25 @@ from torch import Tensor
 from torchft.errors import UserError
 from torchft.files import read_json, safe_join, what_is
 
+log = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the Hub's usual size
 
 
+# Of a multimodal checkpoint, the text model's tensors: how their names begin, and how they do without the other parts.
+TEXT_MODEL = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+
+
 class WeightFiles:
-    """The tensors of a checkpoint folder by name. Opening checks every file's header; tensors are read on demand."""
+    """The tensors of a checkpoint folder by name. Opening checks every file's header; tensors are read on demand.
+
+    Of a multimodal checkpoint those of its text model, by the names that they have in a checkpoint of that alone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,23 +59,39 @@ class WeightFiles:
             )
         if problems:
             raise UserError(*problems)
+        self._stored = {name: name for name in self._where}  # by the name that we give it
+        if any(name.startswith(tuple(TEXT_MODEL)) for name in self._where):
+            self._stored = {ours: name for name in self._where if (ours := _text_name(name))}
+            log.info("%s holds a multimodal model: its text model alone is loaded", folder)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._stored
 
     def names(self) -> set[str]:
-        return set(self._where)
+        return set(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """As the file spells it: BF16, F32, I8 ..."""
-        return self._where[name].get_slice(name).get_dtype()
+        return str(self._slice(name).get_dtype())
 
     def read(self, name: str, *region: slice) -> Tensor:
         """One tensor, or of its first dimensions these slices, on the CPU in its own dtype; only that is read."""
-        return self._where[name].get_slice(name)[region] if region else self._where[name].get_tensor(name)
+        stored = self._stored[name]
+        return self._slice(name)[region] if region else self._where[stored].get_tensor(stored)
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored[name]
+        return self._where[stored].get_slice(stored)
+
+
+def _text_name(name: str) -> str | None:
+    """What a text model alone calls a multimodal checkpoint's tensor; None if it has none such."""
+    if name == "lm_head.weight":
+        return name
+    return next((new + name[len(old) :] for old, new in TEXT_MODEL.items() if name.startswith(old)), None)
 
 
 def open_safetensors(path: Path) -> Any:

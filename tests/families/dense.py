@@ -83,6 +83,18 @@ CASES = {
             "sliding_attention": rope(),
         }
     },
+    "gemma4": {
+        "architectures": ["Gemma4ForCausalLM"],
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": WINDOW,
+        "final_logit_softcapping": 6.0,
+    },
     "smollm3": {
         "architectures": ["SmolLM3ForCausalLM"],
         "num_hidden_layers": 4,

@@ -8,6 +8,7 @@ from released import (
     command_r7b,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     granite,
     llama,
@@ -25,6 +26,7 @@ RELEASED = (
     command_r7b.RELEASED
     | gemma2.RELEASED
     | gemma3.RELEASED
+    | gemma4.RELEASED
     | glm4.RELEASED
     | granite.RELEASED
     | llama.RELEASED

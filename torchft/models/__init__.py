@@ -14,6 +14,7 @@ from torchft.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     granite,
     llama2,
@@ -31,6 +32,7 @@ from torchft.models import (
     smollm3,
 )
 from torchft.models.config_json import ConfigJson, unread
+from torchft.models.multimodal import text_config
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
 
@@ -39,6 +41,7 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "glm4": glm4,
     "granite": granite,
     "llama2": llama2,
@@ -59,6 +62,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Cohere2ForCausalLM": command_r7b,
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
+    "Gemma4ForCausalLM": gemma4,
     "GemmaForCausalLM": gemma,
     "Glm4ForCausalLM": glm4,
     "GlmForCausalLM": glm4,
@@ -97,7 +101,7 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
         family, config = _released(name_or_config_json)
         json = family.to_hub(config)
     else:
-        json = name_or_config_json
+        json = text_config(name_or_config_json)
         family = architecture(json)
         config = _read(json)
     with torch.device(device):
@@ -110,7 +114,7 @@ def config_json(folder: Path) -> dict[str, Any]:
     """A checkpoint folder's config.json. UserError when it is missing, of quantised weights or no model of ours."""
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
-    json = read_json(folder / "config.json")
+    json = text_config(read_json(folder / "config.json"))
     if quantized := json.get("quantization_config"):
         kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise UserError(

@@ -21,6 +21,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).type_as(x)
 
 
+class BareRMSNorm(nn.Module):
+    """x / rms(x), in fp32."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+
+
 class WholeRMSNorm(RMSNorm):
     """``RMSNorm`` over all heads of x [b, s, h, c] together (OLMo 2); ``dim`` is h * c."""
 

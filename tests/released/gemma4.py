@@ -1,0 +1,52 @@
+"""Gemma 4 31B, the ``text_config`` of a multimodal release, checked against a stored copy of config.json.
+
+The card rounds the parameters.
+"""
+
+RELEASED = {
+    "google/gemma-4-31B": (
+        {
+            "architectures": ["Gemma4ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attention_k_eq_v": True,
+            "bos_token_id": 2,
+            "dtype": "bfloat16",
+            "enable_moe_block": False,
+            "eos_token_id": 1,
+            "expert_intermediate_size": None,
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 512,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 5376,
+            "hidden_size_per_layer_input": 0,
+            "initializer_range": 0.02,
+            "intermediate_size": 21504,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+            "max_position_embeddings": 262144,
+            "model_type": "gemma4_text",
+            "num_attention_heads": 32,
+            "num_experts": None,
+            "num_global_key_value_heads": 4,
+            "num_hidden_layers": 60,
+            "num_key_value_heads": 16,
+            "num_kv_shared_layers": 0,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+            },
+            "sliding_window": 1024,
+            "tie_word_embeddings": True,
+            "top_k_experts": None,
+            "use_bidirectional_attention": "vision",
+            "use_cache": True,
+            "use_double_wide_mlp": False,
+            "vocab_size": 262144,
+            "vocab_size_per_layer_input": 262144,
+        },
+        30.7e9,
+    ),
+}

@@ -1,0 +1,33 @@
+"""The text model of a multimodal checkpoint: its part of config.json. Towers for images and sound are left out, of what
+is loaded and of what is exported (weights.py reads the text model's tensors alone)."""
+
+from typing import Any
+
+from torchft.errors import UserError
+
+# Architecture of the whole -> model_type of its text_config -> architecture of that alone.
+TEXT_MODELS = {
+    "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+    "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
+    "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+}
+# What released files leave out because it is transformers' default.
+DEFAULTS = {"gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}}
+
+
+def text_config(json: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model alone; ``json`` itself where it is of one already."""
+    match json.get("architectures"):
+        case [str(name)] if name in TEXT_MODELS:
+            kinds = TEXT_MODELS[name]
+        case _:
+            return json
+    text = json.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in kinds:
+        found = text.get("model_type") if isinstance(text, dict) else text
+        raise UserError(
+            f"config.json: text_config of {name} is of model_type {found!r}; torchft trains {', '.join(kinds)}"
+        )
+    kind = text["model_type"]
+    outer = {key: json[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in json}
+    return {**DEFAULTS.get(kind, {}), **text, **outer, "architectures": [kinds[kind]]}
