@@ -23,22 +23,7 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
     ``function`` is one of a test module's own. Each is told to initialise the process group itself (env://). The first
     error of any rank is raised here, and the others are killed, if they do not end within ``grace_s``.
     """
-    results = _CONTEXT.Queue()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
-    where = Path(sys.modules[function.__module__].__file__), function.__name__
-    ranks = [
-        _CONTEXT.Process(
-            target=_run,
-            args=(where, pickle.dumps(args), results, env | {"RANK": str(r), "LOCAL_RANK": str(r)}),
-            daemon=True,
-        )
-        for r in range(size)
-    ]
-    for process in ranks:
-        process.start()
+    ranks, results = started(function, size, *args, env=env)
     found, deadline = {}, time.monotonic() + timeout_s
     try:
         while len(found) < size:
@@ -58,6 +43,27 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
             process.join(timeout=5 if len(found) == size else grace_s)
             process.kill()
     return [found[r] for r in range(size)]
+
+
+def started(function, size, *args, env=None):
+    """Processes that do it, by rank, and the queue of (rank, whether all went well, what was returned or raised)."""
+    results = _CONTEXT.Queue()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+    where = Path(sys.modules[function.__module__].__file__), function.__name__
+    ranks = [
+        _CONTEXT.Process(
+            target=_run,
+            args=(where, pickle.dumps(args), results, env | {"RANK": str(r), "LOCAL_RANK": str(r)}),
+            daemon=True,
+        )
+        for r in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks, results
 
 
 def _run(where, args, results, env):

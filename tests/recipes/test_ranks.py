@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 ADAM = "optimizer={_component_: torch.optim.AdamW, lr: 1e-3, weight_decay: 0.1}"
 # 20 steps of 4 rows; without packing the last one of an epoch has a single row, so that ranks have none
 STEPS = ["max_steps=20", "epochs=20", "clip_grad_norm=0.5", "gradient_accumulation_steps=1", ADAM]
+LONG = pytest.mark.long
 STOCHASTIC = "optimizer={_component_: torchft.training.stochastic.AdamWStochastic, lr: 1e-3, state_dtype: fp32}"
 
 
@@ -40,8 +41,12 @@ def same_run(ours, alone, steps=20):
     ("size", "options"),
     [
         (2, ["packed=true"]),
-        (4, ["packed=false"]),
-        (4, ["packed=false", "parallel.replicate=2", "gradient_accumulation_steps=2", "max_steps=10"]),
+        pytest.param(4, ["packed=false"], marks=LONG),
+        pytest.param(
+            4,
+            ["packed=false", "parallel.replicate=2", "gradient_accumulation_steps=2", "max_steps=10"],
+            marks=LONG,
+        ),
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
         (2, ["from_scratch=true"]),
@@ -69,7 +74,7 @@ def wide(base, tmp_path_factory):
     ("size", "options"),
     [
         (2, ["packed=true"]),
-        (4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"]),
+        pytest.param(4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"], marks=LONG),
         (2, ["nf4={}", "packed=true"]),
     ],
 )
