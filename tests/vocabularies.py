@@ -126,8 +126,12 @@ def byte_level(
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=llama))
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == bpe.PATTERNS["GPT-2"])
+    use_regex = pattern in (bpe.PATTERNS["GPT-2"], bpe.DIGITS)
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    split = digits if pattern == bpe.DIGITS else pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    if pattern in (bpe.PATTERNS["Llama 3"], bpe.PATTERNS["Qwen 2"]):
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = byte if pattern == bpe.PATTERNS["GPT-2"] else pre_tokenizers.Sequence([split, byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -75,6 +75,7 @@ COMPONENTS: dict[str, str] = {
     "torchft.models.llama3.chat": "chat_format",
     "torchft.models.llama3.chat_3_1": "chat_format",
     "torchft.models.llama3.chat_3_2": "chat_format",
+    "torchft.models.qwen3.chat": "chat_format",
 }
 
 _added: dict[str, tuple[Callable[..., Any], str]] = {}  # by the running recipe

@@ -16,14 +16,25 @@ from torchft.errors import UserError
 from torchft.tokenizers.nfc import nfc
 
 # How a text is cut before the merges run. A regex that is not one of these is refused: the engines' dialects differ,
-# and only for these are the ids known to be Hugging Face's.
+# and only for these are the ids known to be Hugging Face's. Llama 3's is also that of GLM 4, OLMo 2, Phi 4 and
+# SmolLM 3, Digits' that of Command R, Granite and SmolLM 2, o200k's that of Phi 4 mini and gpt-oss.
+_BLANKS = r"""\s*[\r\n]+|\s+(?!\S)|\s+"""
+_WORD = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"""
+_CASED = (  # a word that ends in small letters, and one that does not
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+""",
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*""",
+)
+_SUFFIX = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
 PATTERNS = {
     "GPT-2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    "Llama 3": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
-    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
-    "Qwen 2": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
-    r"""\s*[\r\n]+|\s+(?!\S)|\s+""",
+    "Llama 3": rf"""{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
+    "Qwen 2": rf"""{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
+    "Tekken": rf"""{"|".join(_CASED)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}""",
+    "o200k": rf"""{"|".join(word + _SUFFIX for word in _CASED)}|\p{{N}}{{1,3}}|"""
+    rf""" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}""",
 }
+# GPT-2's after every number was cut out by itself, which leaves white space before one at the end of its piece.
+DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
 LONGEST_BLANK = 200_000  # characters of white space in a row; tiktoken's regex engine overflows its stack at about 10^6
 _BLANK = re.compile(r"\s+")
 
@@ -130,9 +141,14 @@ def _pattern(spec: dict[str, Any], path: Path) -> str:
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
             return PATTERNS["GPT-2"]
         case [
-            {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False},
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, **rest},
+        ] if rest.get("use_regex", True):
+            return DIGITS
+        case [
+            {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior, "invert": invert},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
+        ] if (behavior, invert) in (("Isolated", False), ("Removed", True)):  # the same, as a regex matches all text
             if regex in PATTERNS.values():
                 return regex
             raise UserError(

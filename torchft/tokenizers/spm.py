@@ -119,6 +119,7 @@ def from_model(path: Path, *, prefix: Prefix) -> tuple[SentencePieceBPE, list[tu
 def _prefix(spec: dict[str, Any], path: Path) -> Prefix:
     """Where tokenizer.json puts the space before a text."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     prepend = {"type": "Prepend", "prepend": SPACE}
     metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
     schemes: list[Prefix] = ["never", "first", "always"]
@@ -127,6 +128,8 @@ def _prefix(spec: dict[str, Any], path: Path) -> Prefix:
         *by_pre_tokenizer,
         ({"type": "Sequence", "normalizers": [prepend, replace]}, None, "forced"),
         ({"type": "Sequence", "normalizers": [replace]}, None, "never"),
+        (replace, None, "never"),
+        (replace, split, "never"),  # Gemma: there is no space left to split at
     ]:
         if (spec.get("normalizer"), spec.get("pre_tokenizer")) == (normalizer, pre_tokenizer):
             return prefix

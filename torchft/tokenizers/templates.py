@@ -60,10 +60,11 @@ class TemplateChat:
             runs = _marked_runs(text, [t for t in train if t is not None], template.where)
         else:
             spans = []
+            closing = self.special.get("eos_token", "")  # Phi puts it behind the whole conversation
             for i in (i for i, wanted in enumerate(train) if wanted):
                 start = _prefix(render(i, True), text, i, template.where)
                 is_last = i + 1 == len(messages)
-                end = len(text) if is_last else _prefix(render(i + 1, False), text, i, template.where)
+                end = len(text) if is_last else _prefix(render(i + 1, False), text, i, template.where, closing)
                 if start == end and (messages[i].get("content") or "tool_calls" in messages[i]):
                     raise UserError(f"message {i}: {template.where} renders nothing of it to learn")
                 spans.append((start, self._turn_end(text, start, end)))
@@ -172,13 +173,16 @@ def _text_calls(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _prefix(head: str, text: str, i: int, where: str) -> int:
-    if text.startswith(head):
-        return len(head)
+def _prefix(head: str, text: str, i: int, where: str, closing: str = "") -> int:
+    """The length of ``head``, or of that without ``closing``, which ``text`` must start with."""
+    for start in (head, head.removesuffix(closing)):
+        if text.startswith(start):
+            return len(start)
     raise UserError(
         f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer "
         "or more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be "
-        "told. Use train_on: last, single turns, or a chat_format .jinja file with {% generation %} marks"
+        "told. Use train_on: last, single turns, chat_format: qwen3 (it keeps the reasoning of every turn), or a "
+        "chat_format .jinja file with {% generation %} marks"
     )
 
 

@@ -4,10 +4,19 @@ import shutil
 
 import pytest
 from conversations import PLAIN, TOOL_USE, TOOLS, assistant, call, user
-from vocabularies import LLAMA3_SPECIAL, byte_level, hub, template, train_sentencepiece, write
+from vocabularies import (
+    LLAMA3_SPECIAL,
+    QWEN_MARKUP,
+    QWEN_SPECIAL,
+    byte_level,
+    hub,
+    template,
+    train_sentencepiece,
+    write,
+)
 
 from torchft.errors import UserError
-from torchft.models import llama2, llama3
+from torchft.models import llama2, llama3, qwen3
 from torchft.tokenizers import bpe, load
 
 # ruff: noqa: E501
@@ -172,3 +181,52 @@ def test_llama3_refuses_two_calls_at_once(chats):
 def test_an_unknown_option_is_refused(chats):
     with pytest.raises(UserError, match=r"no option 'date_strings' .did you mean 'date_string'"):
         chats["llama3_1"][0].render([user("x"), assistant("y")], date_strings="1 Jan 2025")
+
+
+@pytest.fixture(scope="module")
+def qwen3_chats(tmp_path_factory):
+    """(our tokenizer with chat_format qwen3, transformers' with the template that it exports, with trl's twin)."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    write(folder, tokenizer_config={"bos_token": None, "eos_token": "<|im_end|>"}, chat_template=template("qwen3"))
+    byte_level(bpe.PATTERNS["Qwen 2"], special=QWEN_SPECIAL, markup=QWEN_MARKUP, nfc=True).save(
+        str(folder / "tokenizer.json")
+    )
+    return load(folder, chat_format="qwen3"), hub(folder)
+
+
+THINKING = {
+    "reasoning": [
+        user("a"), {**assistant("b"), "reasoning_content": "\nhm\n"}, user("c"),
+        {**assistant("\n\nd"), "reasoning_content": "why"},
+    ],
+    "reasoning in the text": [user("a"), assistant("<think>\nso\n</think>\n\nb"), user("c"), assistant("d")],
+    "reasoning before a call": [
+        user("Weather?"), {**call("get_weather", {"city": "Zürich"}), "content": "Let me look.", "reasoning_content": "x"},
+        {"role": "tool", "content": "21"}, {"role": "tool", "content": "22"}, assistant("warm"), user("and?"),
+        call("now", {}), {"role": "tool", "content": "1"}, assistant("one"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("conversation", [*PLAIN, *THINKING])
+@pytest.mark.parametrize("options", [{}, {"tools": TOOLS}], ids=["plain", "tools"])
+def test_qwen3_is_the_training_template(conversation, options, qwen3_chats):
+    """Ids and masks of trl's twin of the released template, whose every turn keeps its reasoning."""
+    (ours, oracle), messages = qwen3_chats, (PLAIN | THINKING)[conversation]
+    assert ours._chat is qwen3.chat
+    twin = oracle.apply_chat_template(
+        messages, chat_template=template("qwen3_training"), tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True, **options,
+    )  # fmt: skip
+    got = ours.render(messages, **options)
+    assert got.tokens == twin["input_ids"]
+    assert got.train == [bool(x) for x in twin["assistant_masks"]]
+    for more in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}):
+        exported = rendered(oracle, messages, chat_template=ours.chat_template, **options, **more)
+        assert ours.render(messages, **options, **more).tokens == exported
+        assert exported == rendered(oracle, messages, chat_template=template("qwen3_training"), **options, **more)
+
+
+def test_qwen3_refuses_a_role_that_its_template_leaves_out(qwen3_chats):
+    with pytest.raises(UserError, match="message 1: Qwen 3's chat format has no role 'ipython'"):
+        qwen3_chats[0].render([user("a"), {"role": "ipython", "content": "b"}, assistant("c")])

@@ -12,9 +12,13 @@ from torchft.tokenizers.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """name -> folder of a gpt2, qwen2, llama3, llama2 (sentencepiece) kind of tokenizer, without chat templates."""
+    """name -> folder of a tokenizer of that kind (llama2 is sentencepiece), without chat templates."""
     root = tmp_path_factory.mktemp("tokenizers")
-    folders = {name: root / name for name in ("gpt2", "qwen2", "llama3", "llama2")}
+    kinds = {"tekken": bpe.PATTERNS["Tekken"], "o200k": bpe.PATTERNS["o200k"], "digits": bpe.DIGITS}
+    folders = {name: root / name for name in ("gpt2", "qwen2", "llama3", "llama2", *kinds)}
+    for name, pattern in kinds.items():
+        write(folders[name], tokenizer_config={"eos_token": "<|endoftext|>"})
+        byte_level(pattern, special=["<|endoftext|>"], nfc=name == "digits").save(str(folders[name] / "tokenizer.json"))
     write(folders["gpt2"], tokenizer_config={"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"})
     byte_level(bpe.PATTERNS["GPT-2"], special=["<|endoftext|>"]).save(str(folders["gpt2"] / "tokenizer.json"))
     write(folders["qwen2"], tokenizer_config={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})

@@ -29,6 +29,15 @@ FOLDERS = {  # tokenizer_config.json, and what replaces tokenizer.json's own; No
         {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}},
     ),
+    "gemma": (
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+         "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+                           "invert": False},
+         "decoder": {"type": "Sequence", "decoders": [
+             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+             {"type": "Fuse"}]}},
+    ),
     "metaspace first": ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
     "metaspace always": (
         {"tokenizer_class": "PreTrainedTokenizerFast"},
