@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchft.dequantise import open_weights
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
 from torchft.hub_names import HubNames, Piece, hub_shapes, pieces
@@ -43,7 +44,7 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     before anything is copied, and with the names of tensors that are not finite.
     """
     names = hub_format(model).names
-    files, params = WeightFiles(folder), base_parameters(model)
+    files, params = open_weights(folder), base_parameters(model)
     names = _layout(files, names)
     plan: dict[str, list[Piece]] = {}
     for piece in pieces(params, names):
@@ -203,7 +204,9 @@ def hub_format(model: nn.Module) -> HubFormat:
 def _check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubNames) -> None:
     """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
     want = hub_shapes(piece for parts in plan.values() for piece in parts)
-    have = {n for n in files.names() if not re.search(names.ignored, n)}
+    layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
+    ignored = names.ignored.replace("{num_layers}", str(max(layers, default=-1) + 1))
+    have = {n for n in files.names() if not re.search(ignored, n)}
     problems = []
     if "lm_head.weight" in have - set(want):
         problems += _tied_head(files, "lm_head.weight", want)

@@ -6,15 +6,19 @@ A float is a rounded number of parameters.
 
 from released import (
     command_r7b,
+    deepseek_v3,
     gemma2,
     gemma3,
     gemma4,
     glm4,
+    glm4_moe,
+    gpt_oss,
     granite,
     llama,
     mistral,
     mixtral,
     olmo,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
@@ -24,15 +28,19 @@ from released import (
 
 RELEASED = (
     command_r7b.RELEASED
+    | deepseek_v3.RELEASED
     | gemma2.RELEASED
     | gemma3.RELEASED
     | gemma4.RELEASED
     | glm4.RELEASED
+    | glm4_moe.RELEASED
+    | gpt_oss.RELEASED
     | granite.RELEASED
     | llama.RELEASED
     | mistral.RELEASED
     | mixtral.RELEASED
     | olmo.RELEASED
+    | olmoe.RELEASED
     | phi3.RELEASED
     | qwen2.RELEASED
     | qwen3.RELEASED

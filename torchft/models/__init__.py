@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 
+from torchft.dequantise import check_readable
 from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
 from torchft.models import (
     command_r7b,
+    deepseek_v3,
     gemma,
     gemma2,
     gemma3,
     gemma4,
     glm4,
+    glm4_moe,
+    gpt_oss,
     granite,
     llama2,
     llama3,
@@ -24,6 +28,7 @@ from torchft.models import (
     mixtral,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
@@ -38,11 +43,14 @@ from torchft.names import nearest
 
 FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and under configs/
     "command_r7b": command_r7b,
+    "deepseek_v3": deepseek_v3,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3": gemma3,
     "gemma4": gemma4,
     "glm4": glm4,
+    "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
     "granite": granite,
     "llama2": llama2,
     "llama3": llama3,
@@ -51,6 +59,7 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and
     "mixtral": mixtral,
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
@@ -60,12 +69,15 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and
 }
 ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Cohere2ForCausalLM": command_r7b,
+    "DeepseekV3ForCausalLM": deepseek_v3,
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
     "Gemma4ForCausalLM": gemma4,
     "GemmaForCausalLM": gemma,
     "Glm4ForCausalLM": glm4,
+    "Glm4MoeForCausalLM": glm4_moe,
     "GlmForCausalLM": glm4,
+    "GptOssForCausalLM": gpt_oss,
     "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama3,
     "Ministral3ForCausalLM": ministral3,
@@ -73,6 +85,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "MixtralForCausalLM": mixtral,
     "Olmo2ForCausalLM": olmo2,
     "Olmo3ForCausalLM": olmo3,
+    "OlmoeForCausalLM": olmoe,
     "Phi3ForCausalLM": phi3,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
@@ -115,12 +128,8 @@ def config_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
     json = text_config(read_json(folder / "config.json"))
-    if quantized := json.get("quantization_config"):
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
-            "checkpoint, and `nf4` or `fp8` in the config to train on a quantised base"
-        )
+    if quantized := json.pop("quantization_config", None):
+        check_readable(quantized, folder)  # dequantised when it is read, so that what is exported has no such section
     try:
         _read(json)
     except UserError as e:

@@ -10,7 +10,8 @@ from torchft import hub, models
 from torchft.errors import UserError
 from torchft.weights import WeightFiles
 
-PER_EXPERT = {name: case for name, case in experts.CASES.items() if name in ("mixtral", "qwen3_moe")}
+NAMES = ("deepseek_v3", "mixtral", "olmoe", "qwen3_moe")
+PER_EXPERT = {name: case for name, case in experts.CASES.items() if name in NAMES}
 each_family = pytest.mark.parametrize("case", PER_EXPERT.values(), ids=PER_EXPERT)
 
 
@@ -33,9 +34,9 @@ def test_both_layouts_load_alike(case, tmp_path):
 def test_what_is_missing_of_a_layout_is_said_in_its_names(case, tmp_path):
     folder = stacked_folder(case, tmp_path / "stacked")
     json = models.config_json(folder)
-    expert_count = "num_local_experts" if "num_local_experts" in json else "num_experts"
-    model = models.build(json | {expert_count: 6})
-    with pytest.raises(UserError, match=r"mlp.experts.gate_up_proj has shape \[\d+, \d+, 64\], but .* \[6, \d+, 64\]"):
+    expert_count = next(k for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in json)
+    model = models.build(json | {expert_count: 12})
+    with pytest.raises(UserError, match=r"mlp.experts.gate_up_proj has shape \[\d+, \d+, 64\], but .* \[12, \d+, 64\]"):
         hub.load_weights(model, folder)
 
 
