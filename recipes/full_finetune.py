@@ -41,7 +41,7 @@ from torchft.training import checkpoint, distributed
 from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.in_backward import InBackward
 from torchft.training.interrupt import Interruptible, Stopped
@@ -59,6 +59,7 @@ from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import check_savable, load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import rounds_stochastically
+from torchft.training.tensor_parallel import split_blocks
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -148,9 +149,11 @@ def build_model(config: Config, device: torch.device) -> Decoder:
 def load_model(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
+        split_blocks(model, world.tp_mesh, world.tokens)
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
     model.to_empty(device=world.device)
     if config.from_scratch:
         init_weights(model)
@@ -213,7 +216,7 @@ def train(config: Config, run: Run, world: World) -> None:
     saved = checkpoint.latest(run.path, run.id)
     keep = saved.read("plan") if saved else None
     model = build_model(config, world.device)
-    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    shape = {"seq_len": math.ceil(config.seq_len / world.tokens.count), "packed": config.packed, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -240,7 +243,7 @@ def train(config: Config, run: Run, world: World) -> None:
     )
 
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
-    how |= {"rank": world.rank, "num_ranks": world.size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
@@ -254,7 +257,7 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     params = list(model.parameters())
     total = sum(p.numel() for p in params)
     facts = {
@@ -308,7 +311,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
                 nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
-                (world.size * micro_loss).backward()  # FSDP takes the mean of the ranks' gradients
+                micro_loss.backward()
                 own_loss += micro_loss.detach()
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             rows = [place for batch in window for place in batch.where]

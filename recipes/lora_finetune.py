@@ -45,7 +45,7 @@ from torchft.training import checkpoint, distributed
 from torchft.training.compile import compiled
 from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
@@ -68,6 +68,7 @@ from torchft.training.state import (
     optimizer_tree,
     trainable,
 )
+from torchft.training.tensor_parallel import split_blocks
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -162,10 +163,12 @@ def build_model(config: Config, device: torch.device) -> Decoder:
 def load_base(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
-        check_shards(model, world.shards)
+        split_blocks(model, world.tp_mesh, world.tokens)
+        check_shards(model, world.mesh.size(-1))
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
     model.to_empty(device=world.device)
     hub.load_weights(model, config.checkpoint_dir)
     init_adapters(model)  # the same on all ranks, of which each keeps a part
@@ -237,7 +240,7 @@ def train(config: Config, run: Run, world: World) -> None:
     saved = checkpoint.latest(run.path, run.id, base=base)
     keep = saved.read("plan") if saved else None
     model = build_model(config, world.device)
-    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    shape = {"seq_len": math.ceil(config.seq_len / world.tokens.count), "packed": config.packed, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -263,7 +266,7 @@ def train(config: Config, run: Run, world: World) -> None:
     )
 
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
-    how |= {"rank": world.rank, "num_ranks": world.size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
@@ -278,7 +281,7 @@ def train(config: Config, run: Run, world: World) -> None:
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
     trained, total = num_parameters(model)
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     facts = {
         "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
         "device": f"{world}, {config.dtype}",
@@ -328,7 +331,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
                 nll = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
                 micro_loss = nll / supervised  # of the whole window: accumulation does not change the gradient
-                (world.size * micro_loss).backward()  # FSDP takes the mean of the ranks' gradients
+                micro_loss.backward()
                 own_loss += micro_loss.detach()
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from torchft import files
 from torchft.errors import UserError
@@ -97,10 +97,13 @@ def agree(error: BaseException | None, group: dist.ProcessGroup | None = None) -
 
 def region(t: Tensor) -> Region:
     """Which part of the whole this rank holds; all of a tensor that is not sharded."""
-    if not isinstance(t, DTensor):
-        return tuple(slice(0, n) for n in t.shape)
-    shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-    return tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))
+    starts, sizes = [0] * t.dim(), list(t.shape)
+    for axis, dim in _cuts(t) if isinstance(t, DTensor) else ():
+        mesh: DeviceMesh = t.device_mesh  # type: ignore[attr-defined]
+        each = -(-sizes[dim] // mesh.size(axis))
+        before = min(mesh.get_local_rank(axis) * each, sizes[dim])
+        starts[dim], sizes[dim] = starts[dim] + before, min(each, sizes[dim] - before)
+    return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -139,14 +142,49 @@ def whole(t: Tensor) -> Tensor:
     """All ranks: the whole tensor, on its device, a quantised one dequantised."""
     if not isinstance(t, DTensor):
         return t.detach()
-    part = t.to_local().to(t.dtype)
-    return DTensor.from_local(part, t.device_mesh, t.placements, shape=t.shape, stride=t.stride()).full_tensor()
+    part, cuts, sizes = t.to_local().to(t.dtype), _cuts(t), list(t.shape)
+    lengths = []  # of what is cut, before each cut
+    for axis, dim in cuts:
+        each = -(-sizes[dim] // t.device_mesh.size(axis))
+        lengths.append(sizes[dim])
+        sizes[dim] = min(each, sizes[dim] - min(t.device_mesh.get_local_rank(axis) * each, sizes[dim]))
+    for (axis, dim), length in zip(reversed(cuts), reversed(lengths)):
+        part = _joined(part, dim, length, t.device_mesh.get_group(axis))
+    return part
 
 
 @torch.no_grad()
 def copy_part(t: Tensor, values: Tensor) -> None:
     """Copies this rank's part of ``values``, which are whole, into ``t``."""
     local(t).copy_(values[region(t)])
+
+
+def sum_over(x: Tensor, group: str) -> Tensor:
+    """All ranks of the process group of that name: the sum of every ``x``. Without gradient."""
+    ops = torch.ops._c10d_functional
+    summed: Tensor = ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group))
+    return summed
+
+
+def _cuts(t: DTensor) -> list[tuple[int, int]]:
+    """(axis of the mesh, dimension that is cut along it), in the order of cutting, each into ceil(n / ranks).
+
+    From left to right, but for what FSDP2 cuts a second time along a dimension that tensor parallel had cut before: it
+    calls that a strided shard.
+    """
+    cuts: list[tuple[int, Any]] = [(axis, kind) for axis, kind in enumerate(t.placements) if not kind.is_replicate()]
+    return [(axis, kind.dim) for axis, kind in sorted(cuts, key=lambda cut: type(cut[1]) is not Shard)]
+
+
+def _joined(part: Tensor, dim: int, length: int, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all ranks of ``group`` along ``dim``, together ``length``; the last ranks have fewer or none."""
+    each = -(-length // group.size())
+    front = part.movedim(dim, 0)
+    filled = front.new_zeros(each, *front.shape[1:])
+    filled[: len(front)] = front
+    ops = torch.ops._c10d_functional
+    parts = ops.wait_tensor(ops.all_gather_into_tensor(filled, group.size(), group.group_name))
+    return parts[:length].movedim(0, dim).contiguous()
 
 
 def _raise(error: BaseException) -> None:

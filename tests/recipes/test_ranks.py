@@ -1,6 +1,7 @@
 """Recipes on several ranks: the steps, weights and exports of one process with the same global batch."""
 
 import shutil
+from math import prod
 
 import pytest
 import tiny
@@ -21,7 +22,8 @@ def part(recipe, settings, output_dir, overrides):
 
 def together(size, recipe, settings, output_dir, *overrides, env=None):
     """The run of ``size`` ranks that has 4 rows a step in all."""
-    run_ranks(part, size, recipe, settings, output_dir, [*overrides, f"batch_size={4 // size}"], env=env)
+    sharing = prod(int(o.partition("=")[2]) for o in overrides if o.startswith(("parallel.tp=", "parallel.cp=")))
+    run_ranks(part, size, recipe, settings, output_dir, [*overrides, f"batch_size={4 * sharing // size}"], env=env)
     return output_dir
 
 
@@ -50,6 +52,10 @@ def same_run(ours, alone, steps=20):
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
         (2, ["from_scratch=true"]),
+        (2, ["parallel.tp=2"]),
+        (2, ["parallel.cp=2", "packed=true"]),
+        (4, ["parallel.tp=2", "packed=true", STOCHASTIC]),
+        (4, ["parallel.tp=2", "parallel.cp=2", "recompute=full"]),
     ],
 )
 def test_full_fine_tuning_is_that_of_one_process(full, settings, data, tmp_path, no_picture, size, options):
@@ -76,6 +82,9 @@ def wide(base, tmp_path_factory):
         (2, ["packed=true"]),
         pytest.param(4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"], marks=LONG),
         (2, ["nf4={}", "packed=true"]),
+        (2, ["parallel.tp=2", "lora.dora=true"]),
+        (4, ["parallel.tp=2", "packed=true", "lora.rank=3"]),
+        (2, ["parallel.cp=2", "packed=true", "nf4={}"]),
     ],
 )
 def test_lora_is_that_of_one_process(lora, settings, wide, tmp_path, no_picture, size, options):
@@ -87,8 +96,10 @@ def test_lora_is_that_of_one_process(lora, settings, wide, tmp_path, no_picture,
     assert largest_difference(*adapters) < 1e-4
 
 
-def test_compiled_blocks_on_ranks(lora, settings, wide, tmp_path, no_picture, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["parallel.tp=2"], ["parallel.cp=2"]])
+def test_compiled_blocks_on_ranks(lora, settings, wide, tmp_path, no_picture, monkeypatch, options):
     options = [
+        *options,
         *STEPS,
         "max_steps=4",
         f"checkpoint_dir={wide}",
@@ -97,7 +108,8 @@ def test_compiled_blocks_on_ranks(lora, settings, wide, tmp_path, no_picture, mo
         "packed=true",
         "seq_len=64",
     ]
-    alone = lora(tmp_path / "alone", *options, "batch_size=4", "compile=false", "recompute=none")
+    plain = [o for o in options if "parallel" not in o]
+    alone = lora(tmp_path / "alone", *plain, "batch_size=4", "compile=false", "recompute=none")
     ours = together(2, "lora_finetune", settings, tmp_path / "together", *options)
     same_run(ours, alone, steps=4)
 

@@ -8,7 +8,7 @@ dequantising. Compile it: uncompiled, quantising activations takes longer than f
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,15 @@ class FP8Weight(QuantisedWeight):
 
     def values(self) -> Tensor:
         return _dequantise(self.codes, self.scale, self.dtype)
+
+    def empty(self, shape: Sequence[int]) -> "FP8Weight":
+        if any(n % MULTIPLE for n in shape):
+            raise UserError(
+                f"fp8: tensor parallel would cut a weight of {self.shape[0]} x {self.shape[1]} into parts of "
+                f"{shape[0]} x {shape[1]}, not multiples of {MULTIPLE} as fp8 needs: leave such layers out of "
+                "fp8.targets, or set parallel.tp to another number"
+            )
+        return FP8Weight(self.codes.new_empty(shape), self.scale.new_empty(shape[0]), shape=shape, dtype=self.dtype)
 
     @property
     def group(self) -> int:

@@ -20,7 +20,7 @@ from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_layers
 from torchft.config import Range
 from torchft.errors import UserError
 from torchft.modules.grouped import StackedLinear
-from torchft.ranks import copy_part, local, whole
+from torchft.ranks import copy_part, local, sum_over, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class LoRALinear(nn.Linear):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.enabled = True
+        self.row_group: str | None = None  # ranks that share the inputs (tensor parallel): outputs are summands
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of x."""
@@ -84,7 +85,8 @@ class LoRALinear(nn.Linear):
             projected = F.linear(dropped, self.weight)
         else:
             projected = out if self.bias is None else out - self.bias
-        scale = self.lora_magnitude / _lengths(self._rows())  # [out]; the lengths are a constant to autograd
+        lengths = _lengths(self._rows(), self.row_group)
+        scale = self.lora_magnitude / lengths  # [out]; the lengths are a constant to autograd
         return out + (scale - 1).to(x.dtype) * projected + scale.to(x.dtype) * update
 
     def base(self, x: Tensor) -> Tensor:
@@ -212,6 +214,12 @@ def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None)
     return parameter.to(dtype or parameter.dtype)
 
 
-def _lengths(rows: Tensor) -> Tensor:
-    """Euclidean length of each row, [out] fp32, never 0, so that a row of zeros stays zero instead of NaN."""
-    return torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+def _lengths(rows: Tensor, group: str | None = None) -> Tensor:
+    """Euclidean length of each row, [out] fp32, never 0, so that a row of zeros stays zero instead of NaN.
+
+    ``group``: ranks that hold a part of each row.
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    if group is not None:
+        lengths = sum_over(lengths.square(), group).sqrt()
+    return lengths.clamp_min(torch.finfo(torch.float32).tiny)

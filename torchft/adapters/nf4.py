@@ -5,6 +5,7 @@ Contract with the loader: none. An ``NF4Weight`` has the shape and dtype of the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchft.adapters.targets import ALL_LINEAR, find_layers
 from torchft.errors import UserError
 from torchft.kernels import nf4
 from torchft.modules.grouped import StackedLinear, grouped_linear
+from torchft.ranks import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,13 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
 
 
 def check_shards(model: nn.Module, num_shards: int) -> None:
-    """Raises UserError if an NF4 layer of ``model`` cannot be cut into ``num_shards`` parts. Call it before FSDP.
+    """Raises UserError if an NF4 layer of ``model``, or tensor parallel's part of it, cannot be cut into ``num_shards``
+    parts. Call it before FSDP.
 
     FSDP gives each rank ceil(out / ranks) rows, the last ones what is left; a part must hold whole groups.
     """
-    weights = {n.removesuffix(".weight"): w for n, w in model.named_parameters() if isinstance(w, NF4Weight)}
+    parts = {n.removesuffix(".weight"): local(w) for n, w in model.named_parameters()}
+    weights = {name: part for name, part in parts.items() if isinstance(part, NF4Weight)}
     rows = {name: math.ceil(weight.shape[0] / num_shards) for name, weight in weights.items()}
     problems = [
         f"nf4: {name} has {' x '.join(map(str, weight.shape))} weights; each of {num_shards} ranks would hold "
@@ -94,6 +98,16 @@ class NF4Weight(QuantisedWeight):
 
     def values(self) -> Tensor:
         return nf4.dequantise([self.packed], self.shape[-1], self.dtype, 0).view(self.shape)
+
+    def empty(self, shape: Sequence[int]) -> "NF4Weight":
+        if math.prod(shape) % nf4.GROUP:
+            raise UserError(
+                f"nf4: tensor parallel would cut a weight of {self.shape[0]} x {self.shape[1]} into parts of "
+                f"{shape[0]} x {shape[1]}, not a multiple of {nf4.GROUP} values as NF4 needs: leave such layers out of "
+                "nf4.targets, or set parallel.tp to another number"
+            )
+        packed = self.packed.new_empty(math.prod(shape) // nf4.GROUP, nf4.GROUP_BYTES)
+        return NF4Weight(packed, shape=shape, dtype=self.dtype)
 
     @property
     def group(self) -> int:

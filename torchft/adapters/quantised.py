@@ -38,6 +38,10 @@ class QuantisedWeight(Tensor):
         """What the parts stand for, in ``dtype``."""
         raise NotImplementedError
 
+    def empty(self, shape: Sequence[int]) -> "QuantisedWeight":
+        """A weight of ``shape`` and the same dtype, on this one's device, to be filled. UserError if it cannot be."""
+        raise NotImplementedError
+
     @property
     def group(self) -> int:
         """How many consecutive weights one entry of each part stands for; a cut goes between entries."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.losses.likelihood import IGNORE
+from torchft.modules.token_shards import TokenShards
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 
@@ -50,6 +51,17 @@ class Batch:
     def pin(self) -> "Batch":
         """The batch in page-locked host memory, from which a device copies on its own."""
         return self._map(Tensor.pin_memory)
+
+    def part(self, shards: TokenShards) -> "Batch":
+        """This rank's tokens and labels of rows that it shares with others; the positions stay those of whole rows."""
+        labels = shards.own(self.labels)
+        return replace(
+            self,
+            tokens=shards.own(self.tokens),
+            labels=labels,
+            num_supervised=int((labels != IGNORE).sum()),
+            num_tokens=self.num_tokens // shards.count,
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         moved: dict[str, Any] = {name: function(x) for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -22,6 +22,7 @@ from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
+from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Loader:
         batch_size: rows of one rank's batch. Where an epoch ends a rank may have fewer, but never none: an empty row,
             where nothing is trained, keeps it in step with the others.
         rank: of ``num_ranks``, which all make their loader alike.
+        shards: which tokens of these rows are this process's, if several share them.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Loader:
         one_shape: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
+        shards: TokenShards = WHOLE_ROWS,
     ) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.rank, self.all_rows = rank, batch_size * num_ranks
+        self.rank, self.all_rows, self.shards = rank, batch_size * num_ranks, shards
         self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
         self.drop_last = drop_last
         self.epoch = 0  # of the next batch
@@ -162,12 +165,12 @@ class Loader:
         data, starts = self.samples, self.samples.starts
         samples = tuple(sample for row in rows for sample in row)
         longest = max((starts[i + 1] - starts[i] for i in samples), default=1)
-        whole = self.packed or self.one_shape
-        return collate(
+        length = data.seq_len if self.packed or self.one_shape else padded_length(longest, data.seq_len)
+        batch = collate(
             [[[self._document(place) for place in data.documents(sample)] for sample in row] for row in rows],
             shape=(
                 self.batch_size if self.one_shape else max(1, len(rows)),
-                data.seq_len if whole else padded_length(longest, data.seq_len),
+                -(-length // self.shards.multiple) * self.shards.multiple,
             ),
             packed=self.packed,
             are_pairs=self._are_pairs,
@@ -178,6 +181,7 @@ class Loader:
             samples=samples,
             where=tuple(data.where(sample) for sample in samples),
         )
+        return batch.part(self.shards) if self.shards.count > 1 else batch
 
     def _document(self, place: slice) -> Document:
         return self._tokens[place], self._labels[place]

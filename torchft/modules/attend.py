@@ -28,13 +28,21 @@ def attend(
     take part in the softmax and add nothing (gpt-oss, https://arxiv.org/abs/2309.17453).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if seen.shards is not None:
+        k, v = seen.shards.of_all_cp(k), seen.shards.of_all_cp(v)
     if seen.kernel == "dense":
         return _dense(q, k, v, seen.mask, scale, soft_cap, sinks)
     if seen.kernel == "flex":
         return _flex(q, k, v, seen, scale, soft_cap, sinks)
     assert soft_cap is None, "a layer with capped scores needs Sight(soft_cap=True)"
+    if seen.chunks:
+        parts = [
+            fused_attention(part, k, v, "flash", scale, seen.window, *chunk, sinks)[0]
+            for part, chunk in zip(q.chunk(2, dim=1), seen.chunks, strict=True)
+        ]
+        return torch.cat(parts, dim=1)
     kernel = "flash" if sinks is not None else seen.kernel
-    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, seen.sizes, sinks)[0]
+    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, None, seen.sizes, sinks)[0]
 
 
 def _dense(

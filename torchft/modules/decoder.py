@@ -14,6 +14,7 @@ from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
+from torchft.modules.token_shards import TokenShards
 from torchft.ranks import copy_part
 
 Project = Callable[[Tensor], Tensor]
@@ -133,6 +134,7 @@ class Decoder(nn.Module):
         self.recompute = 0.0  # share of the blocks that keep only their input and run again in backward
         self.activations: AbstractContextManager = nullcontext()  # in which the blocks run: training/offload.py
         self.replay: Callable[..., Tensor] | None = None  # in place of ``hidden`` in training: training/graphs.py
+        self.shards: TokenShards | None = None  # several ranks share a row: training/distributed.py
 
     def forward(
         self,
@@ -149,6 +151,8 @@ class Decoder(nn.Module):
         positions, for which the host waits for the GPU. ``head`` runs inside this forward because FSDP has the output
         weight gathered only here, and because a loss that projects chunk by chunk never holds all logits (32k tokens x
         128k words x 4 bytes = 16 GiB).
+
+        Where ranks share rows (``shards``), tokens and hidden states are this rank's, positions those of whole rows.
         """
         x = self.embed_tokens(tokens)  # [b, s, d]
         if self.embed_scale != 1.0:
@@ -167,13 +171,17 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Embeddings [b, s, d] -> what the head reads, [b, s, d]; arguments as in ``forward``."""
+        shards = self.shards if cache is None else None
         seen = self._visible(x, positions, documents, cache)
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            seq_len = x.shape[1] * (shards.count if shards else 1)
+            positions = torch.arange(seq_len, device=x.device).expand(x.shape[0], -1)
         dims = [sight.head_dim or self.config.head_dim for sight in self.sights]
         kinds = {(rope, dim) for rope, dim in zip(self.ropes, dims) if rope is not None}
         reach = None if cache is None else cache.reach
         rotations = {kind: rope_cos_sin(kind[0], positions, kind[1], reach) for kind in kinds}
+        if shards is not None:
+            rotations = {kind: (shards.rows(cos), shards.rows(sin)) for kind, (cos, sin) in rotations.items()}
         with self.activations:
             for i, layer in enumerate(self.layers):
                 rope = self.ropes[i]
@@ -208,8 +216,8 @@ class Decoder(nn.Module):
         if cache is not None and cache.num_slots is not None:
             assert positions is not None, "a cache needs positions"
             return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
-        head_dim = self.config.head_dim
-        return {sight: visible(x, sight.head_dim or head_dim, sight, positions, documents) for sight in kinds}
+        dim = self.config.head_dim
+        return {sight: visible(x, sight.head_dim or dim, sight, positions, documents, self.shards) for sight in kinds}
 
 
 @torch.no_grad()

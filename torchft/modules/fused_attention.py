@@ -23,24 +23,26 @@ def fused_attention(
     scale: float,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of q [b, s, h, c] over k, v [b, s, k, c], fp16 or bf16 -> out [b, s, h, c], log-sum-exp.
+    """Causal attention of q [b, s, h, c] over k, v [b, t, k, c], fp16 or bf16 -> out [b, s, h, c], log-sum-exp.
 
     ``kernel`` "flash" or "cudnn"; only "flash" knows windows, documents and sinks. ``cu_seqlens`` and ``sizes`` as in
-    ``masks.Visible``. ``sinks`` [h] are logits of one more key per head, whose value is zero (gpt-oss). The second
-    output, fp32 in the kernel's own shape, is for backward and carries no gradient.
+    ``masks.Visible``, with ``cu_seqlens_k`` as in ``masks.Chunk``; without it t = s. ``sinks`` [h] are logits of one
+    more key per head, whose value is zero (gpt-oss). The second output, fp32 in the kernel's own shape, is for backward
+    and carries no gradient.
     """
     if kernel == "cudnn":
         out, lse = aten._scaled_dot_product_cudnn_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, True, False, scale=scale
         )[:2]
         return out.transpose(1, 2).contiguous(), lse
-    (q_, k_, v_), cu, longest = _flat(q, k, v, cu_seqlens=cu_seqlens, sizes=sizes)
+    (q_, k_, v_), *lengths = _flat(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, sizes=sizes)
     left, right = _sides(window)
     out, lse = aten._flash_attention_forward(
-        q_, k_, v_, cu, cu, longest, longest, 0.0, True, False,
+        q_, k_, v_, *lengths, 0.0, True, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )[:2]  # fmt: skip
     if sinks is not None:
@@ -62,6 +64,7 @@ def fused_attention_backward(
     scale: float,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,11 +81,12 @@ def fused_attention_backward(
         )
         dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
         return dq, dk, dv, lse.new_empty(0)
-    (grad_, q_, k_, v_, out_), cu, longest = _flat(grad, q, k, v, out, cu_seqlens=cu_seqlens, sizes=sizes)
+    rows = (grad, q, k, v, out)
+    (grad_, q_, k_, v_, out_), *lengths = _flat(*rows, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, sizes=sizes)
     left, right = _sides(window)
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     grads = aten._flash_attention_backward(
-        grad_, q_, k_, v_, out_, lse, cu, cu, longest, longest, 0.0, True, state, unused,
+        grad_, q_, k_, v_, out_, lse, *lengths, 0.0, True, state, unused,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     dq, dk, dv = (g.contiguous().view(x.shape) for g, x in zip(grads, (q, k, v)))
@@ -92,12 +96,17 @@ def fused_attention_backward(
     return dq, dk, dv, -(share * (grad.float() * out.float()).sum(-1)).sum((0, 1))
 
 
-def _flat(*rows: Tensor, cu_seqlens: Tensor | None, sizes: Tensor | None) -> tuple[list[Tensor], Tensor | None, int]:
-    """The rows as the kernel takes them, [b, s, ..] or for documents [b * s, ..]; offsets; the longest in tokens."""
+def _flat(
+    *rows: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, sizes: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, int, int]:
+    """The rows as the kernel takes them, [b, s, ..] or for documents [b * s, ..]; of queries and of keys the offsets,
+    then the tokens of the longest."""
     if cu_seqlens is None or sizes is None:
-        return list(rows), None, rows[0].shape[1]
-    count, longest = sizes.tolist()  # on the CPU: the GPU is not waited for
-    return [x.flatten(0, 1) for x in rows], cu_seqlens[: count + 1], longest
+        return list(rows), None, None, rows[0].shape[1], rows[0].shape[1]
+    count, longest, *longest_k = sizes.tolist()  # on the CPU: the GPU is not waited for
+    cu = cu_seqlens[: count + 1]
+    cu_k = cu if cu_seqlens_k is None else cu_seqlens_k[: count + 1]
+    return [x.flatten(0, 1) for x in rows], cu, cu_k, longest, longest_k[0] if longest_k else longest
 
 
 def _sides(window: int | None) -> tuple[int, int]:
@@ -114,6 +123,7 @@ def _forward_shapes(
     scale: float,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -136,6 +146,7 @@ def _backward_shapes(
     scale: float,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,16 +162,16 @@ def _cudnn_lse_dim() -> int:
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the context's type is not public
-    q, k, v, ctx.kernel, ctx.scale, ctx.window, cu_seqlens, sizes, sinks = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, sizes, sinks)
+    q, k, v, ctx.kernel, ctx.scale, ctx.window, *others = inputs
+    ctx.save_for_backward(q, k, v, *output, *others)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, cu_seqlens, sizes, sinks = ctx.saved_tensors
+    q, k, v, out, lse, *others, sinks = ctx.saved_tensors
     dq, dk, dv, dsinks = fused_attention_backward(
-        grad.contiguous(), q, k, v, out, lse, ctx.kernel, ctx.scale, ctx.window, cu_seqlens, sizes, sinks
+        grad.contiguous(), q, k, v, out, lse, ctx.kernel, ctx.scale, ctx.window, *others, sinks
     )
-    return dq, dk, dv, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype)
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype)
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
@@ -173,7 +184,8 @@ fused_attention.register_autograd(_backward, setup_context=_save)
 @register_flop_formula(torch.ops.torchft.attention)
 def _forward_flops(q, k, v, kernel, scale, window=None, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     b, s, h, c = q
-    return 4 * b * h * s * min(s, window or s) * c
+    t = k[1]
+    return 4 * b * h * s * min(t, window or t) * c
 
 
 @register_flop_formula(torch.ops.torchft.attention_backward)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchft.modules.attention_table import KERNELS
+from torchft.modules.token_shards import TokenShards
 
 FLEX_BLOCK = 128  # tokens; FlexAttention's own default
 
@@ -21,6 +22,14 @@ class Sight(NamedTuple):
     chunk: int | None = None  # only tokens of the query's chunk; chunks start at positions 0, chunk, 2 chunk, ...
     soft_cap: bool = False  # scores are capped: only FlexAttention does that on a GPU
     head_dim: int | None = None  # of queries and keys, where it is not the config's
+
+
+class Chunk(NamedTuple):
+    """Neighbouring tokens of each of b rows, whose queries see keys of whole rows: the documents that they are in."""
+
+    cu_seqlens: Tensor  # [b * (tokens + 1) + 2] int32: where each document starts among the queries, then their number
+    cu_seqlens_k: Tensor  # the same: where its first key lies, so that its last query's own key is its last
+    sizes: Tensor  # [3] int64 on the CPU: (an upper bound of) their number; of the queries and the keys of the longest
 
 
 class Visible(NamedTuple):
@@ -35,22 +44,32 @@ class Visible(NamedTuple):
     sizes: Tensor | None = None  # [2] int64 on the CPU: (an upper bound of) their number and the tokens of the longest
     mask: Tensor | None = None  # dense: [b or 1, 1, s, t] bool
     blocks: BlockMask | None = None  # flex
+    shards: TokenShards | None = None  # queries are a part of the rows, keys and values come from the other ranks too
+    chunks: tuple[Chunk, ...] = ()  # flash: where the parts of the queries lie
 
 
 def visible(
-    x: Tensor, head_dim: int, sight: Sight, positions: Tensor | None = None, documents: tuple[int, int] | None = None
+    x: Tensor,
+    head_dim: int,
+    sight: Sight,
+    positions: Tensor | None = None,
+    documents: tuple[int, int] | None = None,
+    shards: TokenShards | None = None,
 ) -> Visible:
     """For rows x [b, s, d]. ``positions`` [b, s] restart at 0 with each packed document; None: one document per row.
+
+    With ``shards``, x holds this rank's tokens of rows of which the positions are whole.
 
     ``documents``: how many the batch holds and the tokens of the longest. None: read from ``positions``, for which the
     host waits for the GPU once.
     """
-    b, s = x.shape[:2]
+    b, s = x.shape[0], x.shape[1] * (shards.count if shards else 1)
+    shared = shards is not None and shards.cp > 1
     window = sight.window if sight.window is not None and sight.window < s else None
     chunk = sight.chunk if sight.chunk is not None and sight.chunk < s else None
     kernel = _kernel(x, head_dim, sight.soft_cap)
     packed = positions is not None or chunk is not None
-    if not packed and window is None and kernel != "flex":
+    if not packed and window is None and kernel != "flex" and not shared:
         return Visible(kernel)
     if positions is None:
         positions, documents = torch.arange(s, device=x.device).expand(b, s), (b, s)
@@ -58,6 +77,8 @@ def visible(
     starts[:, 0] = True
     ids = starts.flatten().cumsum(0).view(b, s) - 1  # of the document, counted over the batch
     found = Visible("flash" if kernel == "cudnn" else kernel, window)
+    if shards is not None and shared:
+        return _narrowed(found, shards, starts, ids, b * s if documents is None else documents[0] + b)
     if packed:
         if documents is None:
             documents = count_documents(positions)
@@ -81,6 +102,45 @@ def visible_in_cache(positions: Tensor, num_slots: int, sight: Sight) -> Visible
     if sight.chunk is not None:
         mask &= positions[:, :, None] // sight.chunk == slots // sight.chunk
     return Visible(mask=mask[:, None])
+
+
+def _narrowed(found: Visible, shards: TokenShards, starts: Tensor, ids: Tensor, count: int) -> Visible:
+    """What the queries of one context parallel rank see of whole rows, of at most ``count`` documents (and chunks)."""
+    if found.kernel == "dense":
+        s = ids.shape[1]
+        mask = (ids[:, :, None] == ids[:, None, :]) & _causal(s, found.window, ids.device)  # [b, s, s]
+        return found._replace(shards=shards, mask=shards.rows(mask)[:, None])
+    assert found.kernel == "flash", "capped scores are refused with context parallel"
+    length = ids.shape[1] // (2 * shards.cp)
+    chunks = tuple(chunk(starts, begin, length, count) for begin in shards.chunk_starts(ids.shape[1]))
+    return found._replace(shards=shards, chunks=chunks)
+
+
+def chunk(starts: Tensor, begin: int, length: int, count: int) -> Chunk:
+    """Tokens [begin, begin + length) of rows whose documents begin at ``starts`` [b, s] bool; ``count`` bounds those.
+
+    A document that began before the chunk brings its earlier keys. Keys that no query sees, before and after, are those
+    of documents without queries, so that the kernel's backward gives them zeros.
+    """
+    b, s = starts.shape
+    index = torch.arange(s, device=starts.device)
+    row = torch.arange(b, device=starts.device)[:, None]
+    first = torch.where(starts[:, : begin + 1], index[: begin + 1], 0).amax(1, keepdim=True)  # of begin's document
+    skipped = torch.where(row == 0, 0, (row - 1) * s + begin + length)  # keys from the last row's chunk on
+    keys = torch.cat((skipped, row * s + first, row * s + index[begin + 1 : begin + length].expand(b, -1)), dim=1)
+    queries = row * length + torch.cat((index[:1], index[:length])).expand(b, -1)
+    kept = torch.cat((starts.new_ones(b, 2), starts[:, begin + 1 : begin + length]), dim=1).flatten()
+    end = torch.tensor([[(b - 1) * s + begin + length], [b * length]], device=starts.device)  # what follows the last
+    kept = torch.cat((kept, kept.new_ones(1)))
+    place = torch.where(kept, kept.cumsum(0) - 1, len(kept))  # what is no boundary goes to the last place
+    cu_seqlens, cu_seqlens_k = (
+        torch.full((len(kept) + 1,), total, dtype=torch.int32, device=starts.device)
+        .scatter_(0, place, torch.cat((offsets.flatten(), last)).int())
+        .index_fill_(0, torch.tensor([len(kept)], device=starts.device), total)
+        for offsets, last, total in ((queries, end[1], b * length), (keys, end[0], b * s))
+    )
+    sizes = torch.tensor([min(count + 2 * b + 1, len(kept)), length, min(2, b) * s])
+    return Chunk(cu_seqlens, cu_seqlens_k, sizes)
 
 
 def block_mask(ids: Tensor, window: int | None) -> BlockMask:

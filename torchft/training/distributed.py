@@ -3,8 +3,14 @@
     with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
         ...
         if world.mesh:
+            if world.tokens.tp > 1:
+                split_blocks(model, world.tp_mesh, world.tokens)
             for layer in model.layers:
                 fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+            fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32)
+            sum_gradients(model)
+
+A rank's number is ((replicate * shards + shard) * cp + c) * tp + t: neighbours share a row of tokens.
 
 torchrun starts the processes and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
 """
@@ -13,19 +19,21 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from torchft.config import Range
 from torchft.errors import LostContact, UserError
+from torchft.modules.token_shards import TokenShards
 from torchft.training import fault
 from torchft.training.environment import device_name, pick_device
 from torchft.training.watch import Watch, is_lost_contact
@@ -40,8 +48,10 @@ TIMEOUT_S = 600  # for which a rank waits for the others before it takes them fo
 class ParallelConfig:
     """How the processes share the work; the product of the numbers is how many there are."""
 
+    replicate: Annotated[int, Range(min=1)] = 1  # groups of ranks, each with all of the model (HSDP): one per node
     shard: Annotated[int, Range(min=1)] | None = None  # ranks over which a model is sharded (FSDP2); null: what is left
-    replicate: Annotated[int, Range(min=1)] = 1  # groups of such ranks, each with all of the model (HSDP): one per node
+    cp: Annotated[int, Range(min=1)] = 1  # ranks that share the tokens of a row, for long ones (context parallel)
+    tp: Annotated[int, Range(min=1)] = 1  # ranks that share heads and MLPs (tensor parallel): of one node, with NVLink
     timeout_s: Annotated[int, Range(min=1)] = TIMEOUT_S  # after which a rank that does not answer ends the run
 
 
@@ -52,9 +62,22 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # what `fully_shard` takes; None: one process, and nothing is sharded
+    mesh: DeviceMesh | None = None  # what `fully_shard` takes for blocks; None: one process, and nothing is sharded
+    root_mesh: DeviceMesh | None = None  # and for what is outside of blocks, which has no tensor parallel
+    tp_mesh: DeviceMesh | None = None  # of the ranks that split a block
     shards: int = 1  # ranks that share one copy of the model
+    tokens: TokenShards = field(default_factory=TokenShards)  # of a row, which are this rank's
     watch: Watch | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows are this rank's: ranks that share tokens have the same."""
+        return self.rank // self.tokens.count
+
+    @property
+    def data_size(self) -> int:
+        """How many parts the rows of a batch are shared out in."""
+        return self.size // self.tokens.count
 
     def begin_step(self, step: int) -> None:
         """Where step ``step`` (finished ones before it) begins: what messages name when a rank is lost."""
@@ -68,11 +91,11 @@ class World:
         if self.size == 1:
             return name
         copies = self.size // self.shards
-        how = (
-            "sharded"
-            if copies == 1
-            else f"{copies} copies" + (f" sharded over {self.shards}" if self.shards > 1 else "")
-        )
+        how = "sharded"
+        if copies > 1:
+            how = f"{copies} copies" + (f" sharded over {self.shards}" if self.shards > 1 else "")
+        how += f", tp {self.tokens.tp}" if self.tokens.tp > 1 else ""
+        how += f", cp {self.tokens.cp}" if self.tokens.cp > 1 else ""
         return f"{self.size} x {name}, {how}"
 
     def sum(self, value: Tensor) -> Tensor:
@@ -91,7 +114,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     was doing then, and what NCCL had under way, is written to ``debug_dir``.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    replicate, shard = degrees(config, size)
+    replicate, shard, cp, tp = degrees(config, size)
     own = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if size == 1:
         yield World(device=own)
@@ -116,11 +139,32 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
             f"rank {rank} cannot reach the others ({where}): {str(e).splitlines()[0]}. Start with `tune run` or "
             "torchrun, on each node with the same --rdzv-endpoint, of a host and port that all nodes can reach"
         ) from None
-    mesh = init_device_mesh(own.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    fsdp = mesh if replicate > 1 else mesh["shard"]  # FSDP2 takes two dimensions for HSDP
+    make = partial(init_device_mesh, own.type)
+    blocks = make((replicate, shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp"))
+    root = make((replicate, shard * cp * tp), mesh_dim_names=("replicate", "shard"))
+    rows = make((replicate * shard, cp, tp), mesh_dim_names=("rows", "cp", "tp"))
+    axes = ("replicate", "shard") if replicate > 1 else ("shard",)  # FSDP2 takes two dimensions for HSDP
+    tokens = TokenShards(
+        cp=cp,
+        tp=tp,
+        cp_rank=rows.get_local_rank("cp"),
+        tp_rank=rows.get_local_rank("tp"),
+        cp_group=rows.get_group("cp").group_name,
+        tp_group=rows.get_group("tp").group_name,
+    )
     watch = Watch(timeout_s=config.timeout_s, debug_dir=debug_dir)
     try:
-        yield World(device=own, rank=rank, size=size, mesh=fsdp, shards=shard, watch=watch)
+        yield World(
+            device=own,
+            rank=rank,
+            size=size,
+            mesh=blocks[axes],
+            root_mesh=root[axes],
+            tp_mesh=blocks["tp"],
+            shards=shard * cp * tp,
+            tokens=tokens,
+            watch=watch,
+        )
     except RuntimeError as e:
         if is_lost_contact(e):
             raise LostContact(watch.report(e)) from e
@@ -130,14 +174,25 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     dist.destroy_process_group()  # after an error it might wait for ranks that never come; the process ends anyway
 
 
-def degrees(config: ParallelConfig, size: int) -> tuple[int, int]:
-    """(replicate, shard) for ``size`` processes. UserError if their product is another number."""
-    shard = config.shard or max(1, size // config.replicate)
-    if config.replicate * shard != size:
-        whole = f"replicate {config.replicate} x shard {shard} = {config.replicate * shard}"
+def sum_gradients(model: nn.Module) -> None:
+    """Gradients of all ranks are summed, where FSDP2 would take their mean: each has a part of one loss."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def degrees(config: ParallelConfig, size: int) -> tuple[int, int, int, int]:
+    """(replicate, shard, cp, tp) for ``size`` processes. UserError if their product is another number."""
+    others = config.replicate * config.cp * config.tp
+    shard = config.shard or max(1, size // others)
+    if others * shard != size:
+        named = {"replicate": config.replicate, "shard": shard, "cp": config.cp, "tp": config.tp}
+        product = " x ".join(f"{name} {n}" for name, n in named.items() if n > 1 or name in ("replicate", "shard"))
+        whole = f"{product} = {others * shard}"
         raise UserError(
             f"parallel: {whole}, but there are {size} processes: start as many as the product "
             "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is",
             is_shared=True,
         )
-    return config.replicate, shard
+    return config.replicate, shard, config.cp, config.tp

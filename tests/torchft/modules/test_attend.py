@@ -178,7 +178,7 @@ def test_operator_is_sound(on_cpu, lengths):
     q, k, v, _, sinks = inputs({"sinks": True}, s=128)
     seen = visible(q.flatten(2), 16, Sight(window=9), positions_of(lengths))
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    arguments = (*leaves[:3], "flash", 0.25, seen.window, seen.cu_seqlens, seen.sizes, leaves[3])
+    arguments = (*leaves[:3], "flash", 0.25, seen.window, seen.cu_seqlens, None, seen.sizes, leaves[3])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.torchft.attention.default, arguments, test_utils=tests)
 
