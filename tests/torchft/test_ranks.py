@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from torchft import ranks
@@ -39,6 +41,24 @@ def parts():
     return found
 
 
+def strided_parts():
+    """What FSDP2 leaves of a tensor of which tensor parallel had taken a part, along the same dimension or another."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tp"))
+    found = []
+    for dim in (0, 1):
+        layer = nn.Linear(6, 10, bias=False)  # 5 rows for each tp rank; FSDP cuts them in 3 and 2
+        layer.weight = nn.Parameter(distribute_tensor(torch.zeros(10, 6), mesh["tp"], [Shard(dim)]))
+        fully_shard(layer, mesh=mesh["shard"])
+        values = torch.arange(60.0).view(10, 6)
+        ranks.copy_part(layer.weight, values)
+        assert torch.equal(ranks.whole(layer.weight), values)
+        assert torch.equal(layer.weight.full_tensor(), values)  # torch agrees where the parts are
+        assert ranks.num_copies(layer.weight) == 1
+        found.append([(s.start, s.stop) for s in ranks.region(layer.weight)])
+    return found
+
+
 def _fail(*problems):
     raise UserError(*problems)
 
@@ -55,6 +75,13 @@ def test_parts_of_sharded_tensors():
     assert [found[0] for found in by_rank] == [[(0, 3), (0, 3)], [(3, 6), (0, 3)], [(6, 7), (0, 3)]]
     assert [found[1] for found in by_rank] == [[(0, 7), (0, 1)], [(0, 7), (1, 2)], [(0, 7), (2, 3)]]
     assert all(found[2] == [(0, 7), (0, 3)] for found in by_rank)
+
+
+def test_parts_of_tensors_that_are_split_twice():
+    by_rank = run_ranks(strided_parts, 4)
+    assert [found[0] for found in by_rank] == [[rows, (0, 6)] for rows in ((0, 3), (5, 8), (3, 5), (8, 10))]
+    quarters = [[rows, columns] for rows in ((0, 5), (5, 10)) for columns in ((0, 3), (3, 6))]
+    assert [found[1] for found in by_rank] == quarters
 
 
 def test_one_process_needs_no_group():

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchft.modules import attend as attend_file
 from torchft.modules import masks
 from torchft.modules.attend import attend
+from torchft.modules.fused_attention import fused_attention
 from torchft.modules.masks import Sight, visible
 
 LAYOUTS = {  # lengths of the documents of each row; None: not packed
@@ -225,3 +226,28 @@ def test_compiled_on_gpu_without_recompiling(device, way):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for layout in ("one document", "single tokens", "mixed"):
             assert max(errors(WAYS[way], LONG[layout], tensors, run=run)) < BARS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("way", ["plain", "window", "sinks"])
+@pytest.mark.parametrize("layout", LONG)
+def test_chunks_of_context_parallel_on_gpu(device, layout, way):
+    """The outputs and gradients of all chunks, as the ranks of cp 3 compute them, together those of the whole rows."""
+
+    def in_chunks(q, k, v, sinks):
+        parts, (b, s) = q.chunk(6, dim=1), q.shape[:2]
+        positions = positions_of(LONG[layout] or [[s]] * b, device)
+        count = int((positions == 0).sum())
+        found = [masks.chunk(positions == 0, i * s // 6, s // 6, count) for i in range(6)]
+        window = WAYS[way].get("window")
+        outs = [
+            fused_attention(part, k, v, "flash", 0.125, window, *chunk, sinks)[0] for part, chunk in zip(parts, found)
+        ]
+        return torch.cat(outs, dim=1)
+
+    tensors = inputs(WAYS[way], 4, torch.bfloat16, device, s=384, c=64)
+    options = {name: value for name, value in WAYS[way].items() if name != "sinks"}
+    got = with_gradients(in_chunks, *tensors)
+    exact = [x if x is None else x.double() for x in tensors]
+    want = with_gradients(partial(formula, lengths=LONG[layout], **options), *exact)
+    assert max(distance(a, b) for a, b in zip(got, want, strict=True)) < BARS[torch.bfloat16]

@@ -1,10 +1,15 @@
 """The descriptions of what may be seen, against their definitions and torch's own block masks."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from torchft.modules.masks import Sight, block_mask, visible, visible_in_cache
+from torchft.modules.attend import attend
+from torchft.modules.masks import Sight, Visible, block_mask, chunk, visible, visible_in_cache
+from torchft.modules.token_shards import TokenShards
 
 
 def positions(*lengths):
@@ -47,7 +52,7 @@ def test_shapes_do_not_depend_on_the_packing():
 
 def test_plain_rows_need_no_tensors():
     for sight in (Sight(), Sight(window=8), Sight(chunk=8)):
-        assert all(x is None for x in visible(torch.zeros(2, 8, 4), 4, sight)[1:])
+        assert visible(torch.zeros(2, 8, 4), 4, sight) == Visible()
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 400])
@@ -74,3 +79,43 @@ def test_cache_slots():
     mask = visible_in_cache(at, 7, Sight(chunk=4, window=2)).mask
     want = [[[4], [4, 5]], [[0], [0, 1]]]
     assert [[m.nonzero().flatten().tolist() for m in row] for row in mask[:, 0]] == want
+
+
+def by_documents(q, k, v, cu_q, cu_k, window):
+    """What FlashAttention computes of flat q [t, h, c], k and v [u, h, c]: the last query of a document is at its last
+    key. Keys of no document, queries of no document: never."""
+    out = torch.full_like(q, float("nan"))
+    cu_q, cu_k = cu_q.tolist(), cu_k.tolist()
+    assert cu_q[0] == cu_k[0] == 0 and cu_q[-1] == len(q) and cu_k[-1] == len(k)
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        index = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+        seen = (index >= 0) if window is None else (index >= 0) & (index < window)
+        out[q0:q1] = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1])), attn_mask=seen
+        ).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [[[48], [48]], [[1, 30, 2, 15], [24, 24]], [[11, 37], [1] * 48]])
+@pytest.mark.parametrize("cp", [2, 3])
+def test_chunks_of_a_context_parallel_rank(lengths, window, cp):
+    """A rank's two chunks, each by one call of the packed kernel, see what the same rows of the whole mask see."""
+    torch.manual_seed(0)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    q, k, v = torch.randn(3, 2, 48, 2, 4, dtype=torch.float64).unbind()
+    whole = visible(q.flatten(2), 4, Sight(window), positions)
+    want = attend(q, k, v, whole)
+    count = sum(len(row) for row in lengths)
+    for rank in range(cp):
+        shards = TokenShards(cp=cp, cp_rank=rank)
+        mask = visible(shards.own(q).flatten(2), 4, Sight(window), positions, shards=shards).mask
+        assert torch.equal(mask, shards.rows(whole.mask.transpose(1, 2)).transpose(1, 2))
+        for part, begin in zip(shards.rows(q).chunk(2, dim=1), shards.chunk_starts(48)):
+            found = chunk(positions == 0, begin, part.shape[1], count)
+            n, longest_q, longest_k = found.sizes.tolist()
+            assert n <= len(found.cu_seqlens) - 1 and (found.cu_seqlens[n:] == found.cu_seqlens[n]).all()
+            assert longest_q >= found.cu_seqlens.diff().max() and longest_k >= found.cu_seqlens_k.diff().max()
+            flat = (x.flatten(0, 1) for x in (part, k, v))
+            out = by_documents(*flat, found.cu_seqlens[: n + 1], found.cu_seqlens_k[: n + 1], window)
+            assert torch.allclose(out.view(part.shape), want[:, begin : begin + part.shape[1]])

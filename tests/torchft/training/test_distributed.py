@@ -20,11 +20,13 @@ from torchft.training.optim import check_finite, clip_grad_norm
 @pytest.mark.parametrize(
     ("given", "size", "want"),
     [
-        ({}, 1, (1, 1)),
-        ({}, 6, (1, 6)),
-        ({"replicate": 2}, 8, (2, 4)),
-        ({"replicate": 2, "shard": 3}, 6, (2, 3)),
-        ({"replicate": 4}, 4, (4, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 6, (1, 6, 1, 1)),
+        ({"replicate": 2}, 8, (2, 4, 1, 1)),
+        ({"replicate": 2, "shard": 3}, 6, (2, 3, 1, 1)),
+        ({"replicate": 4}, 4, (4, 1, 1, 1)),
+        ({"tp": 2}, 8, (1, 4, 1, 2)),
+        ({"tp": 2, "cp": 4, "replicate": 2}, 16, (2, 1, 4, 2)),
     ],
 )
 def test_degrees(given, size, want):
@@ -32,7 +34,16 @@ def test_degrees(given, size, want):
 
 
 @pytest.mark.parametrize(
-    ("given", "size"), [({"shard": 2}, 1), ({"shard": 3}, 4), ({"replicate": 3}, 4), ({"replicate": 2}, 1)]
+    ("given", "size"),
+    [
+        ({"shard": 2}, 1),
+        ({"shard": 3}, 4),
+        ({"replicate": 3}, 4),
+        ({"replicate": 2}, 1),
+        ({"tp": 2}, 1),
+        ({"cp": 3}, 4),
+        ({"tp": 2, "shard": 2, "cp": 2}, 4),
+    ],
 )
 def test_c10_a_product_that_is_not_the_number_of_processes(given, size):
     with pytest.raises(UserError, match=f"parallel: replicate .* but there are {size} processes"):
