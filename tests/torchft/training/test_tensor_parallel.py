@@ -30,7 +30,7 @@ CASES = {
     "dora": (WIDE, {"lora": {"dora": True}}, 1e-5),
     "attention alone": (WIDE, {"lora": {"targets": ["q_proj", "o_proj"]}}, 1e-5),
     "nf4": (WIDE, {"nf4": NF4Config(targets=["q_proj", "v_proj", "gate_proj", "o_proj"]), "lora": {}}, 1e-5),
-    "fp8": (WIDE, {"fp8": FP8Config(), "lora": {}}, 0.03),  # a rank scales the inputs of o and down by its own columns
+    "fp8": (WIDE, {"fp8": FP8Config(), "lora": {}}, 0.3),  # a rank scales the inputs of o and down by its own columns
 }
 
 
