@@ -240,7 +240,7 @@ def train(config: Config, run: Run, world: World) -> None:
     saved = checkpoint.latest(run.path, run.id, base=base)
     keep = saved.read("plan") if saved else None
     model = build_model(config, world.device)
-    shape = {"seq_len": math.ceil(config.seq_len / world.tokens.count), "packed": config.packed, "device": world.device}
+    shape = {"seq_len": world.tokens.share(config.seq_len), "packed": config.packed, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,

@@ -182,6 +182,7 @@ class Decoder(nn.Module):
         rotations = {kind: rope_cos_sin(kind[0], positions, kind[1], reach) for kind in kinds}
         if shards is not None:
             rotations = {kind: (shards.rows(cos), shards.rows(sin)) for kind, (cos, sin) in rotations.items()}
+            positions = shards.rows(positions)
         with self.activations:
             for i, layer in enumerate(self.layers):
                 rope = self.ropes[i]

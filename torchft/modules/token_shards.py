@@ -39,6 +39,10 @@ class TokenShards:
         """What the length of a row must be a multiple of."""
         return (2 * self.cp if self.cp > 1 else 1) * self.tp
 
+    def share(self, seq_len: int) -> int:
+        """How many tokens of a row are one rank's."""
+        return -(-seq_len // self.multiple) * self.multiple // self.count
+
     def rows(self, x: Tensor) -> Tensor:
         """Whole rows [b, s, ...] -> what the tp ranks hold together, [b, s / cp, ...]."""
         if self.cp == 1:

@@ -20,7 +20,7 @@ from torchft.config import Range
 from torchft.modules.decoder import Decoder
 from torchft.modules.moe import MoE
 from torchft.modules.routers import GroupedRouter
-from torchft.ranks import local, region
+from torchft.ranks import local, num_ranks, region
 from torchft.training.metrics import Row
 
 
@@ -51,10 +51,11 @@ class Routing:
             layer.counts = counts
 
     def begin(self, *, micro_steps: int) -> None:
-        """Forgets what was counted; from here on each of so many forwards of a step adds its share of the loss."""
+        """Forgets what was counted; from here on each of so many forwards of a step, of each rank, adds its share of
+        the loss."""
         self._step.zero_()
         for layer in self._layers:
-            layer.balance = self._config.balance / len(self._layers) / micro_steps
+            layer.balance = self._config.balance / len(self._layers) / micro_steps / num_ranks()
 
     @torch.no_grad()
     def end_of_step(self) -> None:

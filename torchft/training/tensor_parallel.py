@@ -29,6 +29,7 @@ from torchft.adapters.quantised import QuantisedWeight
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Decoder
 from torchft.modules.mlp import GatedMLP
+from torchft.modules.norms import WholeRMSNorm
 from torchft.modules.token_shards import TokenShards
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,13 @@ class Split:
     parts: Callable[[Any], int]  # into how many equal ones it can be split, and every divisor of it
 
 
-_ATTENTION = Split(
-    columns=("q_proj", "k_proj", "v_proj", "sinks"),
-    rows=("o_proj",),
-    parts=lambda m: math.gcd(m.q_proj.out_features, m.k_proj.out_features) // m.head_dim,
-)
+def _heads(attention: Attention) -> int:
+    if isinstance(attention.q_norm, WholeRMSNorm):
+        return 1
+    return math.gcd(attention.q_proj.out_features, attention.k_proj.out_features) // attention.head_dim
+
+
+_ATTENTION = Split(columns=("q_proj", "k_proj", "v_proj", "sinks"), rows=("o_proj",), parts=_heads)
 _MLP = Split(columns=("gate_proj", "up_proj"), rows=("down_proj",), parts=lambda m: m.down_proj.in_features)
 SPLITS: dict[type[nn.Module], Split] = {
     Attention: _ATTENTION,
