@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.losses.likelihood import IGNORE
-from torchft.modules.token_shards import TokenShards
+from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 
@@ -80,9 +80,13 @@ def collate(
     all_samples: int,
     samples: tuple[int, ...],
     where: tuple[str, ...],
+    shards: TokenShards = WHOLE_ROWS,
 ) -> Batch:
-    """``rows`` of samples, each its documents, as a batch of ``shape`` [b, s]; b may be more than the rows."""
-    b, s = shape
+    """``rows`` of samples, each its documents, as a batch of ``shape`` [b, s]; b may be more than the rows.
+
+    Where ranks share rows, s grows to what they can share, and the batch is this rank's.
+    """
+    b, s = shape[0], -(-shape[1] // shards.multiple) * shards.multiple
     tokens = torch.full((b, s), pad_id)
     labels = torch.full((b, s), IGNORE)
     count = torch.arange(s)
@@ -103,7 +107,7 @@ def collate(
         if positions is not None and at < s:
             positions[r, at:] = count[: s - at]  # the padding is a document of its own
             num_documents += 1
-    return Batch(
+    batch = Batch(
         tokens=tokens,
         labels=labels,
         positions=positions,
@@ -117,6 +121,7 @@ def collate(
         samples=samples,
         where=where,
     )
+    return batch.part(shards) if shards.count > 1 else batch
 
 
 def padded_length(longest: int, seq_len: int) -> int:

@@ -165,12 +165,12 @@ class Loader:
         data, starts = self.samples, self.samples.starts
         samples = tuple(sample for row in rows for sample in row)
         longest = max((starts[i + 1] - starts[i] for i in samples), default=1)
-        length = data.seq_len if self.packed or self.one_shape else padded_length(longest, data.seq_len)
-        batch = collate(
+        whole = self.packed or self.one_shape
+        return collate(
             [[[self._document(place) for place in data.documents(sample)] for sample in row] for row in rows],
             shape=(
                 self.batch_size if self.one_shape else max(1, len(rows)),
-                -(-length // self.shards.multiple) * self.shards.multiple,
+                data.seq_len if whole else padded_length(longest, data.seq_len),
             ),
             packed=self.packed,
             are_pairs=self._are_pairs,
@@ -180,8 +180,8 @@ class Loader:
             all_samples=sum(map(len, of)),
             samples=samples,
             where=tuple(data.where(sample) for sample in samples),
+            shards=self.shards,
         )
-        return batch.part(self.shards) if self.shards.count > 1 else batch
 
     def _document(self, place: slice) -> Document:
         return self._tokens[place], self._labels[place]

@@ -23,6 +23,7 @@ from torchft.data.samples import Counts, Limits, Sample, Samples
 from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
+from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class StreamLoader:
     """As `Loader`, for a stream, which is one endless epoch.
 
     Args:
-        packed, one_shape, batch_size, rank, num_ranks: as Loader's.
+        packed, one_shape, batch_size, rank, num_ranks, shards: as Loader's.
     """
 
     epoch = 0
@@ -61,10 +62,11 @@ class StreamLoader:
         one_shape: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
+        shards: TokenShards = WHOLE_ROWS,
     ) -> None:
         self.samples: Samples = stream.probe
         self.batch_size, self.seed, self.packed, self.one_shape = batch_size, seed, packed, one_shape
-        self.rank, self.all_rows = rank, batch_size * num_ranks
+        self.rank, self.all_rows, self.shards = rank, batch_size * num_ranks, shards
         self.counts = Counts()  # of all rows so far
         self._stream, self._fingerprint = stream, stream.fingerprint()
         self._limits = [dataset.limits for dataset in stream.datasets]
@@ -202,6 +204,7 @@ class StreamLoader:
             all_samples=sum(map(len, rows)),
             samples=tuple(item.number for item in items),
             where=tuple(item.where for item in items),
+            shards=self.shards,
         )
 
 
