@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
 from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
@@ -59,7 +60,6 @@ from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
 from torchft.training.state import check_savable, load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import rounds_stochastically
-from torchft.training.tensor_parallel import split_blocks
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 

@@ -23,6 +23,7 @@ from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_tensor, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.peft import save_peft
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
@@ -68,7 +69,6 @@ from torchft.training.state import (
     optimizer_tree,
     trainable,
 )
-from torchft.training.tensor_parallel import split_blocks
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchft.losses.likelihood import IGNORE
-from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 

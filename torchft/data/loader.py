@@ -22,7 +22,7 @@ from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
-from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 log = logging.getLogger(__name__)
 

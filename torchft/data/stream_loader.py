@@ -23,7 +23,7 @@ from torchft.data.samples import Counts, Limits, Sample, Samples
 from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
-from torchft.modules.token_shards import WHOLE_ROWS, TokenShards
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 log = logging.getLogger(__name__)
 

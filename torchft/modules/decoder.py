@@ -14,8 +14,8 @@ from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, rope_cos_sin
-from torchft.modules.token_shards import TokenShards
 from torchft.ranks import copy_part
+from torchft.token_shards import TokenShards
 
 Project = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor, Project], Tensor]

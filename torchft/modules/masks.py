@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchft.modules.attention_table import KERNELS
-from torchft.modules.token_shards import TokenShards
+from torchft.token_shards import TokenShards
 
 FLEX_BLOCK = 128  # tokens; FlexAttention's own default
 

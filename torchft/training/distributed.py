@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from torchft.config import Range
 from torchft.errors import LostContact, UserError
-from torchft.modules.token_shards import TokenShards
+from torchft.token_shards import TokenShards
 from torchft.training import fault
 from torchft.training.environment import device_name, pick_device
 from torchft.training.watch import Watch, is_lost_contact

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from torchft.modules.attend import attend
 from torchft.modules.masks import Sight, Visible, block_mask, chunk, visible, visible_in_cache
-from torchft.modules.token_shards import TokenShards
+from torchft.token_shards import TokenShards
 
 
 def positions(*lengths):

@@ -30,7 +30,7 @@ from torchft.modules.attention import Attention
 from torchft.modules.decoder import Decoder
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.norms import WholeRMSNorm
-from torchft.modules.token_shards import TokenShards
+from torchft.token_shards import TokenShards
 
 log = logging.getLogger(__name__)
 

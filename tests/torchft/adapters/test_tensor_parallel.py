@@ -12,10 +12,10 @@ from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora
 from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.errors import UserError
 from torchft.generation.greedy import generate
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, init, sum_gradients
-from torchft.training.tensor_parallel import split_blocks
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
