@@ -111,6 +111,12 @@ def write(path: Path, rows: Iterator[Sample]) -> None:
             f.write(json.dumps({"messages": messages}) + "\n")
 
 
+def write_alpaca(path: Path, rows: Iterator[Sample]) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        for question, answer in rows:
+            f.write(json.dumps({"instruction": question, "input": "", "output": answer}) + "\n")
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -206,4 +212,5 @@ if __name__ == "__main__":
     else:
         write(HERE / "palindrome_train.jsonl", samples([palindrome], 6000, seed=3, test=False))
         write(HERE / "palindrome_test.jsonl", samples([palindrome], 200, seed=4, test=True))
+        write_alpaca(HERE / "old_tasks.jsonl", samples(list(TASKS.values()), 2000, seed=5, test=False))
         write_base(HERE / "base")

@@ -31,6 +31,7 @@ class Batch:
     all_supervised: int  # of this batch of all ranks, by which each divides its loss
     all_samples: int  # of this batch of all ranks
     samples: tuple[int, ...]  # which samples are in it, by their place in the order of the data
+    lengths: tuple[int, ...]  # tokens of each
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
     @property
@@ -119,6 +120,7 @@ def collate(
         all_supervised=all_supervised,
         all_samples=all_samples,
         samples=samples,
+        lengths=tuple(sum(len(tokens) for tokens, _ in documents) for row in rows for documents in row),
         where=where,
     )
     return batch.part(shards) if shards.count > 1 else batch

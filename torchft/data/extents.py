@@ -1,6 +1,8 @@
 """Where a stream reads: which rows of which files, from any row on, and what tells that they have changed."""
 
 import hashlib
+import logging
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,7 +10,11 @@ from typing import Any, NamedTuple
 
 from torchft.data.readers import count, read
 from torchft.data.sources import Row, Source, absolute, files_of, hub_rows, parse_split
+from torchft.errors import UserError
 
+log = logging.getLogger(__name__)
+
+WAITS_S = (1, 5, 30, 120)  # before a stream from the Hub is opened again
 ENDS = 1 << 16  # bytes at each end of a file that tell whether it has changed
 
 
@@ -60,6 +66,26 @@ def rows_of(source: Source, extent: Extent, *, skip: int) -> Iterator[Row]:
     num_rows = None if extent.stop is None else extent.stop - skip
     if extent.file is None:
         assert isinstance(source.path, str)
-        return islice(hub_rows(source.path, source, streaming=True, skip=skip), num_rows)
+        return islice(_patient(source.path, source, skip), num_rows)
     numbered = read(extent.file, skip=skip)
     return (Row(extent.origin, number, values) for number, values in islice(numbered, num_rows))
+
+
+def _patient(name: str, source: Source, skip: int) -> Iterator[Row]:
+    """Rows of the Hub after the first ``skip``; when the network fails it tries again from the next row on."""
+    failed = 0
+    while True:
+        try:
+            for row in hub_rows(name, source, streaming=True, skip=skip):
+                yield row
+                skip, failed = row.number, 0
+            return
+        except OSError as e:  # the client's own errors are of this kind, and come after its own retries
+            if failed == len(WAITS_S):
+                raise UserError(
+                    f"{name}: no row after row {skip} came from the Hub in {failed + 1} tries: {e}. Check the network; "
+                    "the run goes on from its last checkpoint"
+                ) from e
+            log.warning("%s: after row %d: %s; again in %d s", name, skip, e, WAITS_S[failed])
+            time.sleep(WAITS_S[failed])
+            failed += 1

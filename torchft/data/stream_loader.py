@@ -222,5 +222,5 @@ def open_loader(data: Samples | Stream, **options: Any) -> Loader | StreamLoader
 
 def _lost(counts: Counts) -> str:
     """What was cut or dropped, for people."""
-    lost = {"truncated": counts.truncated, "cut into pieces": counts.split, **dict(sorted(counts.dropped.items()))}
+    lost = {"truncated": counts.truncated, **dict(sorted(counts.dropped.items()))}
     return ", ".join(f"{n:,} {what}" for what, n in lost.items() if n)

@@ -21,6 +21,7 @@ class Share:
     supervised: int
     weight: float | None
     stage: int
+    of_all: float  # of the tokens of all data sets as they are mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +56,27 @@ class Summary:
             f"{self.supervised:,} tokens supervised ({self.supervised_share:.1%})",
             f"longest row {self.longest:,} tokens (seq_len {self.seq_len:,})",
         ]
-        if self.truncated:
-            out.append(f"{self.truncated:,} rows truncated to seq_len ({self.truncated / self.rows:.1%})")
-        if self.split:
-            out.append(f"{self.split:,} rows cut into pieces of seq_len ({self.split / self.rows:.1%})")
-        out += [f"{n:,} rows dropped ({n / self.rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
-        if self.control_text:
-            out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
+        out += self.warnings()
         for share in self.sources:
             weight = f"weight {share.weight:g}, " if share.weight is not None else ""
             stage = f"stage {share.stage}, " if len({s.stage for s in self.sources}) > 1 else ""
-            out.append(f"  {share.name}: {stage}{weight}{share.samples:,} samples, {share.tokens:,} tokens")
+            part = f", {share.of_all:.1%} of what is trained on" if len({s.stage for s in self.sources}) == 1 else ""
+            out.append(f"  {share.name}: {stage}{weight}{share.samples:,} samples, {share.tokens:,} tokens{part}")
         if self.cache:
             out.append(f"tokenised by an earlier run ({self.cache.parent})")
+        return out
+
+    def warnings(self) -> list[str]:
+        """What was lost on the way, or is odd."""
+        rows = max(self.rows, 1)
+        out = []
+        if self.truncated:
+            out.append(f"{self.truncated:,} rows truncated to seq_len ({self.truncated / rows:.1%})")
+        if self.split:
+            out.append(f"{self.split:,} rows cut into pieces of seq_len ({self.split / rows:.1%})")
+        out += [f"{n:,} rows dropped ({n / rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
+        if self.control_text:
+            out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
         return out
 
     def __str__(self) -> str:
@@ -101,16 +110,23 @@ def summarise(data: Samples | Stream) -> Summary:
     counts, starts = samples.counts, samples.starts
     tokens = torch.frombuffer(samples.tokens, dtype=torch.int32) if samples.tokens else torch.zeros(0)
     trained = torch.frombuffer(samples.labels, dtype=torch.int32) != IGNORE if samples.tokens else torch.zeros(0)
+    sizes = [part.stop - part.start for part in samples.parts]
+    tokens_of = [starts[part.stop] - starts[part.start] for part in samples.parts]
+    mixed = [  # tokens, as many as the weights take
+        n if part.weight is None else part.weight * n / max(size, 1)
+        for part, n, size in zip(samples.parts, tokens_of, sizes)
+    ]
     shares = tuple(
         Share(
             name=part.name,
-            samples=part.stop - part.start,
-            tokens=starts[part.stop] - starts[part.start],
+            samples=size,
+            tokens=n,
             supervised=int(trained[starts[part.start] : starts[part.stop]].sum()),
             weight=part.weight,
             stage=part.stage,
+            of_all=share / max(sum(mixed), 1e-9),
         )
-        for part in samples.parts
+        for part, size, n, share in zip(samples.parts, sizes, tokens_of, mixed)
     )
     return Summary(
         rows=counts.rows,

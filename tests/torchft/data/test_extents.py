@@ -1,5 +1,7 @@
 """Where a stream reads: slices and caps over several files, places inside them, the Hub, and changes of files."""
 
+import time
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
@@ -9,6 +11,7 @@ from letters import write_jsonl
 from torchft.data.extents import extents, fingerprint, rows_of
 from torchft.data.readers import count
 from torchft.data.sources import Source, rows
+from torchft.errors import UserError
 
 
 @pytest.fixture
@@ -51,8 +54,8 @@ def test_places_in_a_file_of_each_kind(tmp_path):
 def test_a_hub_name_is_streamed(monkeypatch):
     asked = []
 
-    def load_dataset(name, **how):
-        asked.append((name, how))
+    def load_dataset(path, **how):
+        asked.append((path, how))
         return datasets.IterableDataset.from_generator(lambda: ({"n": n} for n in range(9)))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -73,3 +76,30 @@ def test_the_fingerprint_changes_with_either_end_of_a_file(tmp_path):
         found.append(str(fingerprint(source)))
     assert len(set(found)) == 4
     assert fingerprint(source) == fingerprint(source) != fingerprint(Source(path=str(path), split="train[:3]"))
+
+
+@pytest.mark.parametrize("failures", [3, 4, 5])
+def test_d20_a_hub_that_fails_is_asked_again_from_the_next_row(monkeypatch, failures, caplog):
+    waits, left = [], [failures]
+
+    def numbers():
+        for n in range(9):
+            if n == 4 and left[0]:
+                left[0] -= 1
+                raise ConnectionError("429 Too Many Requests")
+            yield {"n": n}
+
+    def load_dataset(path, **how):
+        return datasets.IterableDataset.from_generator(numbers)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    source = Source(path="org/name")
+    (extent,) = extents(source)
+    stream = rows_of(source, extent, skip=1)
+    if failures == 5:
+        with pytest.raises(UserError, match=r"org/name: no row after row 4 came from the Hub in 5 tries: 429"):
+            list(stream)
+    else:
+        assert [row.values["n"] for row in stream] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert waits == [1, 5, 30, 120][:failures] and "429 Too Many Requests; again in 1 s" in caplog.text

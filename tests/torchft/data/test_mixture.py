@@ -95,7 +95,9 @@ def test_weights_that_say_no_share_are_refused(tmp_path):
 
 def test_the_summary_names_each_data_set(mixed, tmp_path):
     lines = summarise(mixed).lines()
-    assert any(line.endswith("a.jsonl: weight 0.25, 40 samples, 471 tokens") for line in lines), lines
+    share = 0.25 * 471 / 40 / (0.25 * 471 / 40 + 0.75 * (len(mixed.tokens) - 471) / 30)
+    want = f"a.jsonl: weight 0.25, 40 samples, 471 tokens, {share:.1%} of what is trained on"
+    assert any(line.endswith(want) for line in lines), lines
     shares = summarise(mixed).sources
     assert sum(share.tokens for share in shares) == len(mixed.tokens)
     assert sum(share.supervised for share in shares) == summarise(mixed).supervised

@@ -104,7 +104,7 @@ def test_resume_is_exact_at_every_batch(datasets, packed):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_share_the_batches_of_one(datasets, packed, num_ranks):
+def test_d18_ranks_share_the_batches_of_one(datasets, packed, num_ranks):
     alone = loader(datasets, batch_size=2 * num_ranks, packed=packed)
     ranks = [loader(datasets, packed=packed, rank=r, num_ranks=num_ranks) for r in range(num_ranks)]
     for _ in range(9):
@@ -119,7 +119,7 @@ def test_ranks_share_the_batches_of_one(datasets, packed, num_ranks):
     assert following == alone.take(1)[0].where
 
 
-def test_workers_make_the_same_and_a_killed_one_is_named(datasets):
+def test_d19_workers_make_the_same_and_a_killed_one_is_named(datasets):
     alone, shared = loader(datasets), loader(datasets, workers=2)
     try:
         for before, after in zip(alone.take(20), shared.take(20), strict=True):
