@@ -79,7 +79,7 @@ class Config:
     dataset: Dataset | None = None
     datasets: list[Dataset] = field(default_factory=list)  # or several, each with a weight and a stage if wanted
     streaming: StreamConfig | None = None  # read and tokenise while training, for large data; `streaming: {}`
-    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
+    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, qwen3 or a .jinja file
     dataset_eval: Dataset | None = None  # held out: its loss is measured every eval_every steps and at the end
     exact_match: ExactMatchConfig | None = None  # held-out questions, answered before and after training
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut

@@ -22,10 +22,20 @@ def recipe_config(recipe: str) -> type:
     return module.Config
 
 
+ENDINGS = {"-instruct": "", "-chat": "", "-it": "", "b-it": "b-pt", "b-instruct": "b-base"}  # tuned -> base
+OTHERS = {  # tuned releases of which no row has the name
+    "mistral-7b-instruct-v0.3": "mistral-7b-v0.3",
+    "mistral-nemo-instruct-2407": "mistral-nemo-base-2407",
+    "mistral-small-24b-instruct-2501": "mistral-small-24b-base-2501",
+    "olmo-3-7b-instruct": "olmo-3-1025-7b",
+}
+
+
 def released(folder: str) -> str:
     """'Llama-3.2-1B-Instruct' -> 'llama3/Llama-3.2-1B'"""
     name = folder.lower()
-    return SIZES[next(n for n in (name, name.removesuffix("-instruct"), name.replace("-chat", "")) if n in SIZES)]
+    names = [OTHERS.get(name, name), *(name.replace(tuned, base) for tuned, base in ENDINGS.items())]
+    return SIZES[next(n for n in names if n in SIZES)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
