@@ -32,11 +32,13 @@ class WeightFiles:
     """The tensors of a checkpoint folder by name. Opening checks every file's header; tensors are read on demand.
 
     Of a multimodal checkpoint those of its text model, by the names that they have in a checkpoint of that alone.
+    Of one file at a time pages are in memory: those of what was read before go when another file is read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[str, Any] = {}  # tensor name -> open file
+        self._where: dict[str, tuple[Path, Any]] = {}  # tensor name -> its file, and that one opened, for the header
+        self._read: tuple[Path, Any] | None = None  # the file that was read last, opened once more
         problems: list[str] = []
         index = _index(folder) if (folder / INDEX).exists() else {}
         for file in sorted(set(index.values()) or _unindexed(folder)):
@@ -51,7 +53,7 @@ class WeightFiles:
                     f"{file} repeats {len(twice)} tensors of another file, such as {twice[:3]}: "
                     "the folder mixes two checkpoints; download it into an empty one"
                 )
-            self._where |= dict.fromkeys(names, opened)
+            self._where |= dict.fromkeys(names, (file, opened))
         if not problems and (absent := sorted(set(index) - set(self._where))):
             problems.append(
                 f"{folder / INDEX} lists {len(absent)} tensors that no file holds, such as {absent[:3]}: "
@@ -80,11 +82,15 @@ class WeightFiles:
     def read(self, name: str, *region: slice) -> Tensor:
         """One tensor, or of its first dimensions these slices, on the CPU in its own dtype; only that is read."""
         stored = self._stored[name]
-        return self._slice(name)[region] if region else self._where[stored].get_tensor(stored)
+        file, _ = self._where[stored]
+        if self._read is None or self._read[0] != file:
+            self._read = file, open_safetensors(file)
+        opened = self._read[1]
+        return opened.get_slice(stored)[region] if region else opened.get_tensor(stored)
 
     def _slice(self, name: str) -> Any:
         stored = self._stored[name]
-        return self._where[stored].get_slice(stored)
+        return self._where[stored][1].get_slice(stored)
 
 
 def _text_name(name: str) -> str | None:
