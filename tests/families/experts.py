@@ -1,6 +1,6 @@
 """Mixture-of-experts families. Documents have up to 100 tokens: windows are 24, old contexts 64, so that both end."""
 
-from tiny import rope
+from tiny import LLAMA3_ROPE, rope
 
 from families.dense import WINDOW
 
@@ -63,8 +63,23 @@ DEEPSEEK = GROUPED | {
     ),
 }  # fmt: skip
 KIMI = {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2, "rope_parameters": rope(base=5e4)}
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "head_dim": 24,
+    "num_hidden_layers": 4,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": WINDOW,
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+    "rope_parameters": LLAMA3_ROPE,
+}
 
 CASES = {
+    "llama4": LLAMA4,
+    "llama4_no_norm": LLAMA4 | {"use_qk_norm": False, "rope_parameters": rope(), "interleave_moe_layer_step": 1},
     "mixtral": MIXTRAL,
     "mixtral_window": MIXTRAL | {"sliding_window": WINDOW, "num_experts_per_tok": 3},
     "deepseek_v3": DEEPSEEK,

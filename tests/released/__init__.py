@@ -15,6 +15,7 @@ from released import (
     gpt_oss,
     granite,
     llama,
+    llama4,
     mistral,
     mixtral,
     olmo,
@@ -37,6 +38,7 @@ RELEASED = (
     | gpt_oss.RELEASED
     | granite.RELEASED
     | llama.RELEASED
+    | llama4.RELEASED
     | mistral.RELEASED
     | mixtral.RELEASED
     | olmo.RELEASED

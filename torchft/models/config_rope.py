@@ -112,8 +112,8 @@ def _rope(json: Json, section: Json, *, base: float, partial: float) -> Rope:
 
 def _llama3(section: Json, plain: Json) -> Rope:
     low, high = field(section, "low_freq_factor", float), field(section, "high_freq_factor", float)
-    if low >= high:
-        raise UserError(f"config.json: low_freq_factor ({low}) must be less than high_freq_factor ({high})")
+    if low > high:  # equal in Llama 4: no ramp between kept and stretched waves
+        raise UserError(f"config.json: low_freq_factor ({low}) must not be more than high_freq_factor ({high})")
     return Llama3Rope(
         **plain,
         factor=field(section, "factor", float),

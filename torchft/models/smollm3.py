@@ -62,7 +62,7 @@ def from_hub(json: dict[str, Any]) -> SmolLM3Config:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what SmolLM 3 does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
     json.get("max_window_layers")  # Qwen's word, without meaning here
-    has_rope = _has_rope(json)
+    has_rope = layers_with_rope(json)
     found = windows(json, lambda i: not has_rope[i])
     return SmolLM3Config(
         **sizes(json, tied=True, context=32_768),
@@ -74,7 +74,7 @@ def from_hub(json: dict[str, Any]) -> SmolLM3Config:
     )
 
 
-def _has_rope(json: dict[str, Any]) -> tuple[bool, ...]:
+def layers_with_rope(json: dict[str, Any]) -> tuple[bool, ...]:
     """``no_rope_layers``, in which 1 means that a layer has RoPE; else all but each ``no_rope_layer_interval``-th."""
     num_layers = field(json, "num_hidden_layers", int)
     every = field(json, "no_rope_layer_interval", int, default=4)

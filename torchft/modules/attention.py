@@ -13,14 +13,15 @@ from torchft.modules.rope import apply_rope
 
 @dataclass(frozen=True, kw_only=True)
 class QueryGrowth:
-    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / every)): far contexts stay sharp (Llama 4)."""
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor((p + first) / every)): far contexts stay sharp."""
 
     beta: float
     every: int  # tokens
+    first: int = 0  # position that the first token counts as: Llama 4 counts from 1
 
     def factors(self, positions: Tensor) -> Tensor:
         """[b, s, 1, 1] fp32 for ``positions`` [b, s]."""
-        return 1 + self.beta * torch.log1p((positions // self.every).float())[..., None, None]
+        return 1 + self.beta * torch.log1p(((positions + self.first) // self.every).float())[..., None, None]
 
 
 class Attention(nn.Module):

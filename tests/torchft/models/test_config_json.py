@@ -1,5 +1,7 @@
 """config.json as data: both spellings of RoPE, defaults, and one clear error for each thing that can be wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import LLAMA3_ROPE, SIZES, edit_config, llama, rope, tokens
@@ -30,6 +32,7 @@ SCALED = Llama3Rope(base=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_f
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}}, SCALED),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", **SCALING}}, SCALED),
         ({"rope_parameters": LLAMA3_ROPE}, SCALED),
+        ({"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, replace(SCALED, high_freq_factor=1.0)),
     ],
 )
 def test_rope_spellings_of_transformers_4_and_5(spelling, expected):
@@ -88,8 +91,8 @@ BAD = {
         "lacks 'original_max_position_embeddings'",
     ),
     "rope_ramp": (
-        {"rope_scaling": LLAMA3_TYPE | SCALING | {"low_freq_factor": 4}},
-        "low_freq_factor.*must be less than",
+        {"rope_scaling": LLAMA3_TYPE | SCALING | {"low_freq_factor": 5}},
+        "low_freq_factor.*must not be more than",
     ),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights.*'gptq'.*original"),
 }

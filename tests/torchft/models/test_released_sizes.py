@@ -35,8 +35,9 @@ def test_row(repo):
 @pytest.mark.parametrize("repo", RELEASED)
 def test_names_and_shapes_are_transformers(repo):
     json = RELEASED[repo][0]
-    json = {k: v[:2] if k == "layer_types" else v for k, v in json.items()} | {"num_hidden_layers": 2}
-    json |= {"first_k_dense_replace": 1} if "first_k_dense_replace" in json else {}
+    json = {k: v[:2] if k in ("layer_types", "no_rope_layers") else v for k, v in json.items()}
+    two = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_layers": None, "attn_temperature_tuning": True}
+    json |= {k: v for k, v in two.items() if k in json}
     with torch.device("meta"):
         cls = getattr(transformers, json["architectures"][0])
         theirs = cls(cls.config_class.from_dict(json))
