@@ -18,6 +18,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
+from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
@@ -149,6 +150,8 @@ def build_model(config: Config, device: torch.device) -> Decoder:
 def load_model(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
+        for experts in split_experts(model, world.ep_mesh):
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
         split_blocks(model, world.tp_mesh, world.tokens)
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
@@ -242,7 +245,12 @@ def train(config: Config, run: Run, world: World) -> None:
         **shape,
     )
 
-    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
+    how = {
+        "batch_size": plan.rows,
+        "seed": config.seed,
+        "packed": config.packed,
+        "one_shape": config.compile or config.parallel.ep > 1,
+    }
     how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)

@@ -61,18 +61,18 @@ class TokenShards:
 
     def of_all_cp(self, x: Tensor) -> Tensor:
         """[b, s / cp, ...] of each cp rank -> the rows [b, s, ...] in their order; gradients are summed."""
-        parts = _Gather.apply(x, self.cp, self.cp_group)  # [cp, b, s / cp, ...]
+        parts = gather(x, self.cp, self.cp_group)  # [cp, b, s / cp, ...]
         first, second = parts.chunk(2, dim=2)
         chunks = torch.cat((first, second.flip(0)))  # [2 cp, b, s / 2 cp, ...]
         return chunks.transpose(0, 1).flatten(1, 2)
 
     def of_all_tp(self, x: Tensor) -> Tensor:
         """[b, s / (cp tp), ...] of each tp rank -> [b, s / cp, ...]; gradients are summed."""
-        return _Gather.apply(x, self.tp, self.tp_group).transpose(0, 1).flatten(1, 2)
+        return gather(x, self.tp, self.tp_group).transpose(0, 1).flatten(1, 2)
 
     def sum_own(self, x: Tensor) -> Tensor:
         """[b, s / cp, ...], a summand on each tp rank -> the sum, of which each gets its own tokens."""
-        return _Scatter.apply(x.unflatten(1, (self.tp, -1)).transpose(0, 1), self.tp, self.tp_group)
+        return sum_parts(x.unflatten(1, (self.tp, -1)).transpose(0, 1), self.tp, self.tp_group)
 
     def sum_all(self, x: Tensor) -> Tensor:
         """The sum over the tp ranks, on each of them. Without gradient: for decoding, where tokens are not shared."""
@@ -80,6 +80,18 @@ class TokenShards:
 
 
 WHOLE_ROWS = TokenShards()
+
+
+def gather(x: Tensor, size: int, group: str) -> Tensor:
+    """x of each of ``size`` ranks of the process group of that name -> [size, *x.shape]; gradients are summed."""
+    gathered: Tensor = _Gather.apply(x, size, group)
+    return gathered
+
+
+def sum_parts(x: Tensor, size: int, group: str) -> Tensor:
+    """x [size, ...] of each rank -> on rank i the sum of all ranks' x[i]."""
+    summed: Tensor = _Scatter.apply(x, size, group)
+    return summed
 
 
 class _Gather(torch.autograd.Function):

@@ -13,7 +13,7 @@ quantised weights, kernels and compilation work as they are.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
 
     A mixer whose heads do not divide, or that has no entry in SPLITS, runs whole on all ranks: right, but nothing is
     saved. An MLP then works on each rank's own tokens. With tp 1 there is nothing to split, but with cp ``model`` needs
-    to know which tokens it gets.
+    to know which tokens it gets. Experts that are split already stay as they are.
     """
     model.shards = tokens if tokens.count > 1 else None
     if tokens.tp == 1:
@@ -83,6 +83,7 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
     whole: list[str] = []
     decoding = _Decoding()
     for i, layer in enumerate(model.layers):
+        modules = [m for m in layer.modules() if not any(isinstance(p, DTensor) for p in m._parameters.values())]
         summands: set[nn.Module] = set()
         for name, module in layer.named_children():
             split = SPLITS.get(type(module))
@@ -96,10 +97,11 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
                 module.register_forward_hook(partial(_keep_own, tokens, decoding))
             if not name.endswith("norm"):
                 whole.append(f"layers.{i}.{name}")
-        for module in layer.modules():
-            for name in [n for n, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)]:
-                _place(module, name, mesh, None)
-        layer.register_forward_pre_hook(partial(_compute_with_parts, summands, decoding))
+        for module in modules:
+            for name in [n for n, p in module._parameters.items() if not isinstance(p, DTensor)]:
+                place(module, name, mesh, None)
+        layer.register_forward_pre_hook(partial(_note_decoding, decoding))
+        layer.register_forward_pre_hook(partial(compute_with_parts, modules, summands))
     if whole:
         log.warning(
             "parallel.tp: %d mixers and MLPs cannot be split over %d ranks and run whole, such as %s",
@@ -114,19 +116,19 @@ def _split(module: nn.Module, split: Split, mesh: DeviceMesh) -> set[nn.Module]:
     for name in split.columns:
         child = getattr(module, name)
         for cut, dim in COLUMN_CUTS.items() if isinstance(child, nn.Module) else ():
-            _place(child, cut, mesh, dim)
+            place(child, cut, mesh, dim)
         if isinstance(child, nn.Parameter):
-            _place(module, name, mesh, 0)
+            place(module, name, mesh, 0)
     rows = {module.get_submodule(name) for name in split.rows}
     for child in rows:
         for cut, dim in ROW_CUTS.items():
-            _place(child, cut, mesh, dim)
+            place(child, cut, mesh, dim)
         if isinstance(child, LoRALinear):
             child.row_group = mesh.get_group().group_name
     return rows
 
 
-def _place(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) -> None:
+def place(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) -> None:
     """Makes parameter ``name``, if there is one, a DTensor that is cut along ``dim``; None: of which each has all."""
     parameter = module._parameters.get(name)
     if parameter is None:
@@ -148,20 +150,24 @@ def _place(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) -> N
 
 
 @torch.compiler.disable
-def _compute_with_parts(summands: set[nn.Module], decoding: _Decoding, layer: nn.Module, args: tuple[Any, ...]) -> None:
+def compute_with_parts(modules: Sequence[nn.Module], summands: Collection[nn.Module], *_: Any) -> None:
     """Puts this rank's plain parts in the place of the DTensors that FSDP has just gathered; FSDP puts its own back.
 
-    A parameter that all ranks have meets other tokens or heads on each, so its gradients are summed over them.
+    A parameter that all ranks have meets other tokens or heads on each, so its gradients are summed over them. Of the
+    outputs of ``summands``, which are summed, one has the bias.
     """
-    decoding.is_on = len(args) > 4 and args[4] is not None  # a cache
-    for module in layer.modules():
+    for module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
                 kinds = [Partial() if p.is_replicate() else p for p in parameter.placements]
                 part = parameter.to_local(grad_placements=kinds)
                 if name == "bias" and module in summands:
-                    part = part * (parameter.device_mesh.get_local_rank() == 0)  # the sum has it once
-                module._parameters[name] = part  # no Parameter, for as long as the block runs
+                    part = part * (parameter.device_mesh.get_local_rank() == 0)
+                module._parameters[name] = part  # no Parameter, for as long as the module runs
+
+
+def _note_decoding(decoding: _Decoding, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    decoding.is_on = len(args) > 4 and args[4] is not None  # a cache
 
 
 def _gather(tokens: TokenShards, decoding: _Decoding, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -36,7 +36,8 @@ class StackedLinear(nn.Module):
             return out
         rows = torch.arange(len(out), dtype=torch.int32, device=out.device)
         experts = torch.searchsorted(offsets, rows, right=True)  # [n]
-        chosen = F.one_hot(experts, self.num_experts).to(out.dtype)  # [n, e]: a product, so that its gradient is one
+        experts = experts.clamp(max=len(self.bias) - 1)  # rows behind the last are another rank's
+        chosen = F.one_hot(experts, len(self.bias)).to(out.dtype)  # [n, e]: a product, so that its gradient is one
         return out + (chosen if scale is None else chosen * scale) @ self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:

@@ -5,12 +5,31 @@ compute, f an expert's width. Nothing waits for the device: how many rows an exp
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from torchft.modules.grouped import StackedLinear, collect, spread
 from torchft.modules.routers import Router
+from torchft.token_shards import gather, sum_parts
+
+
+@dataclass(frozen=True)
+class ExpertShards:
+    """Which of the ranks that share a layer's experts this one is."""
+
+    size: int
+    rank: int
+    group: str  # name of the process group
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """[t, ...] of each rank -> [size * t, ...]; gradients are summed."""
+        return gather(x, self.size, self.group).flatten(0, 1)
+
+    def sum_own(self, x: Tensor) -> Tensor:
+        """[size * t, ...], a summand on each rank -> the sum, of which each gets its own tokens, [t, ...]."""
+        return sum_parts(x.unflatten(0, (self.size, -1)), self.size, self.group)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -74,6 +93,7 @@ class MoE(nn.Module):
         self.shared_gate = SharedGate(router.weight.shape[1]) if has_shared_gate else None
         self.weighs_input = weighs_input
         self.balance = 0.0  # weight of this layer's load-balancing loss: training/routing.py
+        self.shards: ExpertShards | None = None  # other ranks hold other experts: adapters/expert_parallel.py
         self.counts: Tensor | None = None  # [e] int64 to which forward adds the tokens of each expert: likewise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,18 +114,23 @@ class MoE(nn.Module):
     def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Sum over each token's experts: x [t, d], weights and ``chosen`` experts [t, k] -> [t, d].
 
-        The seam for experts on other ranks: what ``spread`` sorts by expert would be sent to their ranks before they
-        compute, and sent back before ``collect`` adds it up; ``offsets`` would then be those of this rank's experts.
+        Where other ranks hold other experts, all their tokens come here first, rows of this rank's experts are sorted
+        before all others, and what the ranks have computed for a token is summed.
         """
+        num_experts, shards = self.router.num_experts, self.shards
+        if shards is not None:
+            x, weights, chosen = shards.of_all(x), shards.of_all(weights), shards.of_all(chosen)
+            chosen = (chosen - shards.rank * (num_experts // shards.size)) % num_experts
+            num_experts //= shards.size
         ids, order = chosen.flatten().sort(stable=True)  # [n]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # its inverse
-        experts = torch.arange(self.router.num_experts, device=x.device)
+        experts = torch.arange(num_experts, device=x.device)
         offsets = torch.searchsorted(ids, experts, right=True, out_int32=True)
         rows = spread(x, order, place)  # [n, d]
         scale = spread(weights.reshape(-1, 1), order, place)  # [n, 1]
-        if self.weighs_input:
-            return collect(self.experts(rows * scale, offsets), order, place, num_tokens=len(x))
-        return collect(self.experts(rows, offsets, scale), order, place, num_tokens=len(x))
+        rows = self.experts(rows * scale, offsets) if self.weighs_input else self.experts(rows, offsets, scale)
+        out = collect(rows, order, place, num_tokens=len(x))
+        return out if shards is None else shards.sum_own(out)
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:

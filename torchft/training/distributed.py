@@ -3,8 +3,9 @@
     with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
         ...
         if world.mesh:
-            if world.tokens.tp > 1:
-                split_blocks(model, world.tp_mesh, world.tokens)
+            for experts in split_experts(model, world.ep_mesh):
+                fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+            split_blocks(model, world.tp_mesh, world.tokens)
             for layer in model.layers:
                 fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
             fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32)
@@ -52,6 +53,9 @@ class ParallelConfig:
     shard: Annotated[int, Range(min=1)] | None = None  # ranks over which a model is sharded (FSDP2); null: what is left
     cp: Annotated[int, Range(min=1)] = 1  # ranks that share the tokens of a row, for long ones (context parallel)
     tp: Annotated[int, Range(min=1)] = 1  # ranks that share heads and MLPs (tensor parallel): of one node, with NVLink
+    ep: Annotated[int, Range(min=1)] = (
+        1  # ranks that share the experts of a mixture: some of those above, no further ones
+    )
     timeout_s: Annotated[int, Range(min=1)] = TIMEOUT_S  # after which a rank that does not answer ends the run
 
 
@@ -65,6 +69,8 @@ class World:
     mesh: DeviceMesh | None = None  # what `fully_shard` takes for blocks; None: one process, and nothing is sharded
     root_mesh: DeviceMesh | None = None  # and for what is outside of blocks, which has no tensor parallel
     tp_mesh: DeviceMesh | None = None  # of the ranks that split a block
+    ep_mesh: DeviceMesh | None = None  # of the ranks that share the experts, if any
+    expert_mesh: DeviceMesh | None = None  # what `fully_shard` then takes for experts
     shards: int = 1  # ranks that share one copy of the model
     tokens: TokenShards = field(default_factory=TokenShards)  # of a row, which are this rank's
     watch: Watch | None = None
@@ -96,6 +102,7 @@ class World:
             how = f"{copies} copies" + (f" sharded over {self.shards}" if self.shards > 1 else "")
         how += f", tp {self.tokens.tp}" if self.tokens.tp > 1 else ""
         how += f", cp {self.tokens.cp}" if self.tokens.cp > 1 else ""
+        how += f", ep {self.ep_mesh.size()}" if self.ep_mesh is not None else ""
         return f"{self.size} x {name}, {how}"
 
     def sum(self, value: Tensor) -> Tensor:
@@ -143,6 +150,8 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     blocks = make((replicate, shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp"))
     root = make((replicate, shard * cp * tp), mesh_dim_names=("replicate", "shard"))
     rows = make((replicate * shard, cp, tp), mesh_dim_names=("rows", "cp", "tp"))
+    sharing = shard * cp * tp
+    experts = make((replicate, sharing // config.ep, config.ep), mesh_dim_names=("replicate", "shard", "ep"))
     axes = ("replicate", "shard") if replicate > 1 else ("shard",)  # FSDP2 takes two dimensions for HSDP
     tokens = TokenShards(
         cp=cp,
@@ -161,7 +170,9 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
             mesh=blocks[axes],
             root_mesh=root[axes],
             tp_mesh=blocks["tp"],
-            shards=shard * cp * tp,
+            ep_mesh=experts["ep"] if config.ep > 1 else None,
+            expert_mesh=experts[axes],
+            shards=sharing,
             tokens=tokens,
             watch=watch,
         )
@@ -193,6 +204,12 @@ def degrees(config: ParallelConfig, size: int) -> tuple[int, int, int, int]:
         raise UserError(
             f"parallel: {whole}, but there are {size} processes: start as many as the product "
             "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is",
+            is_shared=True,
+        )
+    if shard * config.cp * config.tp % config.ep:
+        raise UserError(
+            f"parallel: ep {config.ep} must divide shard {shard} x cp {config.cp} x tp {config.tp}, "
+            "the ranks that share a model",
             is_shared=True,
         )
     return config.replicate, shard, config.cp, config.tp
