@@ -218,9 +218,8 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
             save_tokenizer(tokenizer, new)
         if "adapter" in config.export:
             base = str(config.checkpoint_dir.resolve())
-            save_peft(
-                model, new / "adapter", hub_name=hub.hub_format(model).names.peft_name, base_model_name_or_path=base
-            )
+            names = hub.hub_format(model).names
+            save_peft(model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused)
             save_tokenizer(tokenizer, new / "adapter")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.adapters.lora import lora_layers
+from torchft.adapters.peft_fused import NONE, Fused, hub_module
 from torchft.adapters.quantised import QuantisedWeight
 from torchft.modules.grouped import StackedLinear
 from torchft.ranks import local, whole
@@ -19,23 +20,25 @@ MEANING = {
 }
 
 
-def fingerprints(model: nn.Module) -> dict[str, str]:
+def fingerprints(model: nn.Module, fused: Fused = NONE) -> dict[str, str]:
     """Digests of the base: of what is never quantised nor adapted, and of the adapted weights if none is quantised.
 
-    All ranks call it.
+    A layer that is ``fused`` on the Hub counts whole if a part of it is adapted. All ranks call it.
     """
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LAYERS)}
     base = {n: p for n, p in model.named_parameters() if n not in linears and ".lora_" not in n}
-    adapted = {name: layer.weight for name, layer in lora_layers(model).items()}
+    names = {hub_module(name, fused) for name in lora_layers(model)}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS) and hub_module(n, fused) in names]
+    adapted = {name: layer.weight for name, layer in layers}
     digests = {"torchft.base": _digest(base)}
     if not any(isinstance(local(weight), QuantisedWeight) for weight in adapted.values()):
         digests["torchft.linears"] = _digest(adapted)
     return digests
 
 
-def differences(stored: Mapping[str, str], model: nn.Module) -> Iterator[str]:
+def differences(stored: Mapping[str, str], model: nn.Module, fused: Fused = NONE) -> Iterator[str]:
     """What speaks against ``model`` being the base that ``stored`` was made of. One without a twin says nothing."""
-    for kind, digest in fingerprints(model).items():
+    for kind, digest in fingerprints(model, fused).items():
         if stored.get(kind, digest) != digest:
             yield f"the adapter was trained on another base than this model: {MEANING[kind]}"
 

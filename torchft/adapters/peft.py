@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchft.adapters.fingerprint import differences, fingerprints
 from torchft.adapters.lora import LoRAConfig, lora_layers
 from torchft.adapters.peft_files import CONFIG, WEIGHTS, open_adapter
+from torchft.adapters.peft_fused import NONE, Fused, hub_module, joined, split
 from torchft.adapters.peft_names import adapted, expert_names, expert_tensors, slots
 from torchft.adapters.stacked import StackedLoRA
 from torchft.errors import UserError
@@ -32,17 +33,20 @@ Value = TypeVar("Value")
 
 
 def save_peft(
-    model: nn.Module, folder: Path, *, hub_name: HubName, base_model_name_or_path: str, each_expert: bool = False
-) -> None:
+    model: nn.Module, folder: Path, *, hub_name: HubName, base_model_name_or_path: str, each_expert: bool = False,
+    fused: Fused = NONE,
+) -> None:  # fmt: skip
     """Write ``model``'s adapters to ``folder``, whole or not at all; an existing one is replaced. All ranks call it.
 
-    ``each_expert``: those of stacked experts as one per expert, for vLLM, instead of PEFT's target_parameters.
+    ``fused``: which of our layers are one on the Hub (``HubNames.fused``). ``each_expert``: those of stacked experts as
+    one per expert, for vLLM, instead of PEFT's target_parameters.
     """
-    layers = {hub_name(name): layer for name, layer in lora_layers(model).items()}
+    layers = {hub_name(name): layer for name, layer in joined(model, lora_layers(model), fused).items()}
     stacked = {name: layer for name, layer in layers.items() if isinstance(layer, StackedLoRA)}
     linears = {name: layer for name, layer in layers.items() if name not in stacked}
     modules = dict(linears)  # that are targets, by the names of the file
-    others = [hub_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = [hub_name(hub_module(name, fused)) for name in names]
     if each_expert:
         modules |= {name: layer for own, layer in stacked.items() for name in expert_names(own, layer)}
         others += [name for name in modules if name not in others]
@@ -77,7 +81,7 @@ def save_peft(
     for key, slot in slots(linears if each_expert else layers).items():
         tensors[key] = slot.to_peft(whole(slot.parameter))
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = fingerprints(model)
+    metadata = fingerprints(model, fused)
     if not is_main():
         return
     with new_folder(folder) as new:
@@ -85,13 +89,13 @@ def save_peft(
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def peft_config(model: nn.Module, folder: Path, *, hub_name: HubName) -> LoRAConfig:
+def peft_config(model: nn.Module, folder: Path, *, hub_name: HubName, fused: Fused = NONE) -> LoRAConfig:
     """What to give ``apply_lora`` so that ``model`` (on meta or not) gets the adapters of a PEFT ``folder``.
 
     Layers and ranks come from the tensors: no pattern from the file is run. Raises UserError for a kind of adapter
     that we do not have, and for layers that the model has not.
     """
-    adapter = open_adapter(folder)
+    adapter = split(open_adapter(folder), model, fused, hub_name)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, StackedLinear))}
     ours = {hub_name(name): name for name in layers}
     by_name, absent = adapted(adapter, {hub_name(name): layer for name, layer in layers.items()})
@@ -115,13 +119,15 @@ def peft_config(model: nn.Module, folder: Path, *, hub_name: HubName) -> LoRACon
 
 
 @torch.no_grad()
-def load_peft(model: nn.Module, folder: Path, *, hub_name: HubName, check_base: bool = True) -> None:
+def load_peft(
+    model: nn.Module, folder: Path, *, hub_name: HubName, check_base: bool = True, fused: Fused = NONE
+) -> None:
     """Copy the adapters of a PEFT ``folder`` into those that ``apply_lora`` gave ``model``; load its weights before.
 
     Nothing is copied unless everything fits. ``check_base=False`` accepts a base with other weights of the same shapes.
     Raises UserError for tensors that are missing, unexpected, misshapen or not finite, and for another base or scaling.
     """
-    adapter = open_adapter(folder)
+    adapter = split(open_adapter(folder), model, fused, hub_name)
     layers = {hub_name(name): layer for name, layer in lora_layers(model).items()}
     places = slots(layers)
     tensors = {key: adapter.file.get_tensor(key) for key in adapter.file.keys()}  # noqa: SIM118 (not a dict)
@@ -143,7 +149,7 @@ def load_peft(model: nn.Module, folder: Path, *, hub_name: HubName, check_base: 
     if len(problems) > 10:
         problems = [*problems[:10], f"... and {len(problems) - 10} more problems"]
     if check_base and not problems:
-        problems += differences(adapter.file.metadata() or {}, model)
+        problems += differences(adapter.file.metadata() or {}, model, fused)
     if problems:
         raise UserError(*(f"{folder}: {problem}" for problem in problems))
     for key, slot in places.items():

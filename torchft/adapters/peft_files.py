@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,11 @@ class Adapter:
     settings: dict[str, Any]  # by the names of SETTINGS
     file: Any  # open safetensors
     ranks: dict[str, int]  # rows of A, by PEFT's names of what it wraps
+    origins: dict[str, str] = field(default_factory=dict)  # of parts of a layer: what the file calls that
 
     def alpha(self, name: str) -> float:
         """Of the layer that the Hub calls ``name``."""
+        name = self.origins.get(name, name)
         patterns = (self.settings["alpha_pattern"] or {}).items()
         return next((a for p, a in patterns if f".{name}".endswith(f".{p}")), self.settings["lora_alpha"])
 
@@ -69,16 +71,16 @@ def open_adapter(folder: Path) -> Adapter:
     """A PEFT folder's settings, by a fixed list of fields, and file. Raises UserError for what we do not have."""
     path = folder / CONFIG
     fields = read_json(path)
-    settings = {field: fields.get(field, default) for field, (default, _, _) in SETTINGS.items()}
+    settings = {key: fields.get(key, default) for key, (default, _, _) in SETTINGS.items()}
     problems = [
-        f"{path}: {field} is {settings[field]!r}; torchft reads {words}"
-        for field, (_, fits, words) in SETTINGS.items()
-        if not fits(settings[field])
+        f"{path}: {key} is {settings[key]!r}; torchft reads {words}"
+        for key, (_, fits, words) in SETTINGS.items()
+        if not fits(settings[key])
     ]
     problems += [
-        f"{path}: {field} is {value!r}, which torchft does not support"
-        for field, value in fields.items()
-        if value and field not in SETTINGS and field not in IGNORED
+        f"{path}: {key} is {value!r}, which torchft does not support"
+        for key, value in fields.items()
+        if value and key not in SETTINGS and key not in IGNORED
     ]
     if problems:
         raise UserError(*problems)

@@ -23,14 +23,14 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer."""
     model = models.build(models.config_json(checkpoint_dir)).to(dtype)
-    names = hub.hub_format(model).names.rename
+    names = hub.hub_format(model).names
     if adapter is not None:
-        apply_lora(model, peft_config(model, adapter, hub_name=names))
+        apply_lora(model, peft_config(model, adapter, hub_name=names.peft_name, fused=names.fused))
         fuse_lora(model)
     model.to_empty(device=device)
     hub.load_weights(model, checkpoint_dir)
     if adapter is not None:
-        load_peft(model, adapter, hub_name=names)
+        load_peft(model, adapter, hub_name=names.peft_name, fused=names.fused)
     return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
 
 
