@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torchft.adapters.fused import LoRAAttention, LoRAGatedMLP
 from torchft.adapters.lora import LoRALinear
 from torchft.adapters.quantised import QuantisedWeight
+from torchft.errors import UserError
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Decoder
 from torchft.modules.mlp import GatedMLP
@@ -75,8 +76,13 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
 
     A mixer whose heads do not divide, or that has no entry in SPLITS, runs whole on all ranks: right, but nothing is
     saved. An MLP then works on each rank's own tokens. With tp 1 there is nothing to split, but with cp ``model`` needs
-    to know which tokens it gets. Experts that are split already stay as they are.
+    to know which tokens it gets. Experts that are split already stay as they are. UserError for what cp cannot do.
     """
+    if tokens.cp > 1 and any(sight.soft_cap for sight in model.sights):
+        raise UserError(
+            "parallel.cp: this model caps attention scores, which no kernel does for a part of a row: use shard or tp",
+            is_shared=True,
+        )
     model.shards = tokens if tokens.count > 1 else None
     if tokens.tp == 1:
         return

@@ -217,8 +217,8 @@ class Decoder(nn.Module):
         if cache is not None and cache.num_slots is not None:
             assert positions is not None, "a cache needs positions"
             return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
-        dim = self.config.head_dim
-        return {sight: visible(x, sight.head_dim or dim, sight, positions, documents, self.shards) for sight in kinds}
+        dim, shards = self.config.head_dim, self.shards if cache is None else None
+        return {sight: visible(x, sight.head_dim or dim, sight, positions, documents, shards) for sight in kinds}
 
 
 @torch.no_grad()

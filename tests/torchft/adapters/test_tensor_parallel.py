@@ -15,6 +15,7 @@ from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.errors import UserError
 from torchft.generation.greedy import generate
+from torchft.token_shards import TokenShards
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, init, sum_gradients
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ WIDE |= {"head_dim": 64}
 TP = ParallelConfig(tp=2)
 # sizes, what is done to the model -> how far outputs and gradients may be from those of one process
 CASES = {
-    "full": ({"num_key_value_heads": 2}, {}, 1e-5),
+    "full": ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, {}, 1e-5),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {"lora": {}}, 1e-5),
     "odd heads": ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}, {"lora": {}}, 1e-5),
     "odd MLP": ({"intermediate_size": 77}, {}, 1e-5),
@@ -112,6 +113,12 @@ def refused():
             except UserError as e:
                 problems.append(str(e))
     return problems
+
+
+def test_capped_scores_and_context_parallel_are_refused():
+    model = models.build("gemma2/gemma-2-2b")
+    with pytest.raises(UserError, match=r"parallel.cp: this model caps attention scores"):
+        split_blocks(model, None, TokenShards(cp=2))
 
 
 def test_parts_that_a_format_cannot_hold_are_refused():
