@@ -76,6 +76,21 @@ LLAMA4 = {
     "attn_scale": 0.5,
     "rope_parameters": LLAMA3_ROPE,
 }
+DELTA = {
+    "head_dim": 24,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": rope(base=1e6, partial_rotary_factor=0.25),
+}
+SMALL = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 24
+}  # fmt: skip
+QWEN3_NEXT = DELTA | SMALL | {"architectures": ["Qwen3NextForCausalLM"]}
+QWEN3_5 = DELTA | {"architectures": ["Qwen3_5ForCausalLM"], "tie_word_embeddings": True}
+QWEN3_5_MOE = DELTA | SMALL | {"architectures": ["Qwen3_5MoeForCausalLM"]}
 
 CASES = {
     "llama4": LLAMA4,
@@ -89,6 +104,9 @@ CASES = {
     "gpt_oss": GPT_OSS,
     "olmoe": OLMOE,
     "olmoe_renormalised": OLMOE | {"norm_topk_prob": True, "num_key_value_heads": 2},
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE | {"layer_types": ["full_attention", "linear_attention"]},
+    "qwen3_next": QWEN3_NEXT,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe_as_it_is": QWEN3_MOE | {"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
 }

@@ -24,6 +24,7 @@ from released import (
     qwen2,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     smollm,
 )
 
@@ -47,5 +48,6 @@ RELEASED = (
     | qwen2.RELEASED
     | qwen3.RELEASED
     | qwen3_moe.RELEASED
+    | qwen3_next.RELEASED
     | smollm.RELEASED
 )

@@ -33,7 +33,9 @@ from torchft.models import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
     smollm2,
     smollm3,
 )
@@ -65,7 +67,9 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5": qwen3_5,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "smollm2": smollm2,
     "smollm3": smollm3,
 }
@@ -93,6 +97,9 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
+    "Qwen3NextForCausalLM": qwen3_next,
+    "Qwen3_5ForCausalLM": qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen3_5,
     "SmolLM3ForCausalLM": smollm3,
 }
 

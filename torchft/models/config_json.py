@@ -81,6 +81,7 @@ def one_of(json: dict[str, Any], key: str, *values: Any, default: Any) -> Any:
 def sizes(
     json: dict[str, Any], *, eps: float = 1e-6, eps_key: str = "rms_norm_eps", tied: bool = False,
     context: int | None = None, head_dim: int | None = None,
+    hidden: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of ``DecoderConfig`` but the RoPE and windows, in Llama's spelling; what config.json may leave out."""
     num_heads, num_kv_heads, head_dim = heads(json, head_dim)
@@ -91,7 +92,7 @@ def sizes(
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "hidden_dim": field(json, "intermediate_size", int),
+        "hidden_dim": field(json, "intermediate_size", int, default=hidden),
         "max_seq_len": field(json, "max_position_embeddings", int, default=context),
         "norm_eps": field(json, eps_key, float, default=eps),
         "tie_embeddings": field(json, "tie_word_embeddings", bool, default=tied),

@@ -28,6 +28,7 @@ class Attention(nn.Module):
     """Causal self-attention, [b, s, d] -> [b, s, d]. ``scale``, ``soft_cap``, sinks as in ``attend``.
 
     ``q_norm`` and ``k_norm`` act on [b, s, h, c], before RoPE. ``interleaved``: RoPE's convention, as the weights are.
+    ``has_gate``: q_proj gives each head's queries and behind them a gate, whose sigmoid scales what it found (Qwen).
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Attention(nn.Module):
         scale: float | None = None,
         soft_cap: float | None = None,
         has_sinks: bool = False,
+        has_gate: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.scale, self.soft_cap = head_dim, scale, soft_cap
         self.interleaved, self.growth = interleaved, growth
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.has_gate = has_gate
+        self.q_proj = nn.Linear(dim, num_heads * head_dim * (2 if has_gate else 1), bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
@@ -69,6 +72,7 @@ class Attention(nn.Module):
         """Without cos and sin nothing rotates (NoPE). In a ``cache``, ``positions`` [b, s] are the slots to write."""
         b, s, _ = x.shape
         q, k, v = (y.view(b, s, -1, self.head_dim) for y in self.qkv(x))  # [b, s, h, c], and k heads twice
+        q, gate = (q[:, :, ::2], q[:, :, 1::2]) if self.has_gate else (q, None)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
@@ -82,8 +86,10 @@ class Attention(nn.Module):
             assert positions is not None
             k, v = cache.update(positions, k, v)
         out = attend(q, k, v, seen, scale=self.scale, soft_cap=self.soft_cap, sinks=self.sinks)  # [b, s, h, c]
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
         return self.o_proj(out.reshape(b, s, -1))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, s, h * c], keys and values [b, s, k * c]."""
+        """Queries (and gates) [b, s, h * c], keys and values [b, s, k * c]."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
