@@ -15,6 +15,9 @@ _SPACES_AFTER = re.compile(r"[^\S\x1c-\x1f]+")
 _WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
 
 
+SHORT = 40  # characters of a text that the regex searches as fast
+
+
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
     """``special`` ones are control tokens always; others (``<think>``) are markup that a model writes."""
@@ -46,6 +49,7 @@ class AddedTokens:
         self.by_id = {token.id: token for token in self}
         self._every = _longest_first(self.by_content)
         self._ordinary = _longest_first(c for c, token in self.by_content.items() if not token.is_control)
+        self._heads = sorted({content[:2] for content in self.by_content})  # of tokens, to pass over text without any
 
     def __iter__(self) -> Iterator[AddedToken]:
         return iter(self.by_content.values())
@@ -55,6 +59,13 @@ class AddedTokens:
         found = [t.content for t in self if (t.special if special_only else t.is_control)]
         return sorted(found, key=len, reverse=True)
 
+    def may_stand_in(self, text: str, start: int = 0, stop: int | None = None) -> bool:
+        """False where two characters with which every token begins are missing: quick, and true of most text."""
+        for head in self._heads:  # noqa: SIM110  a generator costs more than the search
+            if text.find(head, start, stop) >= 0:
+                return True
+        return False
+
     def find(self, text: str, pieces: Iterable[tuple[int, bool]]) -> Iterator[tuple[int, int, int]]:
         """(start, end, id) of each added token in ``text``, left to right.
 
@@ -63,6 +74,8 @@ class AddedTokens:
         position = done = 0
         for length, control in pieces:
             regex = self._every if control else self._ordinary
+            if regex and length > SHORT and not self.may_stand_in(text, position, position + length):
+                regex = None
             for match in regex.finditer(text, position, position + length) if regex else ():
                 token, start, end = self.by_content[match[0]], match.start(), match.end()
                 if token.single_word and (_is_word(text, start - 1) or _is_word(text, end)):

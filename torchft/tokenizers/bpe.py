@@ -46,6 +46,7 @@ class ByteBPE:
         """``ranks``: tokens by merge order. ``ids``: rank -> id where the two differ."""
         self._ids = ids
         self.token_bytes = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
+        self._num_bytes = {id: len(token) for id, token in self.token_bytes.items()}
         # tiktoken panics when one of the 256 bytes has no rank
         absent = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         self._num_ranks = len(ids) if ids else max(ranks.values()) + 1
@@ -65,11 +66,11 @@ class ByteBPE:
         if not self._is_whole and max(ranks, default=0) >= self._num_ranks:
             missing = next(c for c in text if max(self._engine.encode_ordinary(c)) >= self._num_ranks)
             raise UserError(f"the tokenizer has no token for {missing!r} (its vocabulary lacks some of the 256 bytes)")
-        return [self._ids[rank] for rank in ranks] if self._ids else ranks
+        return list(map(self._ids.__getitem__, ranks)) if self._ids else ranks
 
     def widths(self, ids: list[int], text: str, *, at_start: bool) -> list[int]:
         """How many bytes of the normalized ``text`` each token covers."""
-        return [len(self.token_bytes[i]) for i in ids]
+        return list(map(self._num_bytes.__getitem__, ids))
 
     def decode(self, ids: list[int], added: dict[int, str]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""

@@ -19,6 +19,7 @@ from torchft.tokenizers.spm import SentencePieceBPE
 log = logging.getLogger(__name__)
 
 ChatFormat = Callable[..., list[Segment]]
+_FLAGS = (b"\0", b"\1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class Tokenizer:
 
     def num_control(self, text: str, *, special_only: bool = False) -> int:
         """How many strings in ``text`` look like control tokens; with ``special_only`` not counting ``<think>``."""
+        if not self._added.may_stand_in(text):
+            return 0
         tokens = (self._added.by_id[i] for _, _, i in self._added.find(text, [(len(text), True)]))
         return sum(token.special if special_only else token.is_control for token in tokens)
 
@@ -116,7 +119,7 @@ class Tokenizer:
         """Control tokens are cut out of control segments; the rest is encoded in runs that cross segment borders."""
         text = "".join(segment.text for segment in segments)
         check_unicode(text)
-        wanted = bytearray().join(bytes([s.train]) * len(s.text) for s in segments)  # of each character
+        wanted = bytearray().join([_FLAGS[s.train] * len(s.text) for s in segments])  # of each character
         tokens: list[int] = []
         train: list[bool] = []
 
@@ -193,6 +196,9 @@ def _check_options(chat: ChatFormat, options: dict[str, Any]) -> None:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
             yield from _strings(item)
