@@ -26,6 +26,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights"},
     "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub"},
+    "rl": FOUNDATION | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters"},
     "cli": FOUNDATION | {"data", "generation", "modules", "tokenizers", "training"},
 }
 THIRD_PARTY = {

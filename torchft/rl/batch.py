@@ -1,0 +1,73 @@
+"""Episodes as rows to train on: tokens, what the model chose of them, and what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from torchft.losses.likelihood import IGNORE
+from torchft.losses.policy import Totals
+from torchft.rl.rollout import Episode
+from torchft.training.distributed import World
+
+PAD_MULTIPLE = 16  # row lengths, so that few shapes occur
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """b episodes of up to s tokens. Values of a token stand where it is predicted, at the token before it."""
+
+    tokens: Tensor  # [b, s] int64
+    labels: Tensor  # [b, s] int64; IGNORE where the model chose nothing, all over rows that do not count
+    sampler_logps: Tensor  # [b, s] fp32: the engine's, 0 where nothing was chosen
+    advantages: Tensor  # [b] fp32
+    numbers: Tensor  # [b] int64: which episodes
+
+    @property
+    def mask(self) -> Tensor:
+        return self.labels != IGNORE
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(**{f.name: vars(self)[f.name].to(device) for f in fields(self)})
+
+
+def rows(
+    episodes: Sequence[Episode], numbers: Sequence[int], advantages: Tensor, counts: Sequence[bool], *, pad_id: int
+) -> Rows:
+    """The episodes of ``numbers``, whose ``advantages`` [n] and whether they count are indexed by these numbers."""
+    longest = max(len(episodes[i].tokens) for i in numbers)
+    b, s = len(numbers), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    tokens, labels = torch.full((b, s), pad_id), torch.full((b, s), IGNORE)
+    logps = torch.zeros(b, s)
+    for row, i in enumerate(numbers):
+        episode, n = episodes[i], len(episodes[i].tokens)
+        own = torch.tensor(episode.tokens)
+        tokens[row, :n] = own
+        if counts[i]:
+            chosen = torch.tensor(episode.chosen)[1:]
+            labels[row, : n - 1] = torch.where(chosen, own[1:], IGNORE)
+            logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
+    index = torch.tensor(list(numbers))
+    return Rows(tokens=tokens, labels=labels, sampler_logps=logps, advantages=advantages[index], numbers=index)
+
+
+def micro_batches(count: int, *, mini_batches: int, batch_size: int, lengths: Sequence[int]) -> list[list[list[int]]]:
+    """Numbers 0 to ``count``, as ``mini_batches`` lists of micro-batches of at most ``batch_size``, alike on all ranks.
+
+    Every mini-batch has a part of every group (numbers in a row are a group); rows of like length are together.
+    """
+    found = []
+    for k in range(mini_batches):
+        own = sorted(range(k, count, mini_batches), key=lambda i: lengths[i])
+        found.append([own[i : i + batch_size] for i in range(0, len(own), batch_size)])
+    return found
+
+
+def count_totals(
+    episodes: Sequence[Episode], numbers: Sequence[int], counts: Sequence[bool], *, max_tokens: int, world: World
+) -> Totals:
+    """All ranks: of a mini-batch of all ranks, for `token_weights`."""
+    own = [episodes[i].num_chosen for i in numbers if counts[i]]
+    sequences, tokens = world.sum(torch.tensor([len(own), sum(own)], device=world.device)).tolist()
+    return Totals(sequences=sequences, tokens=tokens, max_tokens=max_tokens)
