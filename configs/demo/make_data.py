@@ -3,8 +3,9 @@
     python configs/demo/make_data.py            # the LoRA task (small, kept in the repository) and base/'s tokenizer
     python configs/demo/make_data.py pretrain   # what the base model is trained on, into out/demo_data (27 MB)
 
-The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is. Words of the
-test files never occur in the training files.
+The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, and the
+demos of reinforcement learning ``backwards``, a task in words that the base rarely understands. Words of the test files
+never occur in the training files.
 """
 
 import json
@@ -86,6 +87,7 @@ TASKS = {
     "next": _next_letter,
 }
 palindrome = _on_word('Make a palindrome from "{}".', lambda w: w + w[::-1], high=6)
+backwards = _on_word('Write "{}" backwards.', lambda w: w[::-1], high=6)  # without "the word", which the base knows
 
 
 def samples(makers: list, count: int, *, seed: int, test: bool) -> Iterator[Sample]:
@@ -213,4 +215,6 @@ if __name__ == "__main__":
         write(HERE / "palindrome_train.jsonl", samples([palindrome], 6000, seed=3, test=False))
         write(HERE / "palindrome_test.jsonl", samples([palindrome], 200, seed=4, test=True))
         write_alpaca(HERE / "old_tasks.jsonl", samples(list(TASKS.values()), 2000, seed=5, test=False))
+        write(HERE / "backwards_train.jsonl", samples([backwards], 2000, seed=5, test=False))
+        write(HERE / "backwards_test.jsonl", samples([backwards], 200, seed=6, test=True))
         write_base(HERE / "base")

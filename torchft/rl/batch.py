@@ -1,7 +1,8 @@
 """Episodes as rows to train on: tokens, what the model chose of them, and what came of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +23,45 @@ class Rows:
     labels: Tensor  # [b, s] int64; IGNORE where the model chose nothing, all over rows that do not count
     sampler_logps: Tensor  # [b, s] fp32: the engine's, 0 where nothing was chosen
     advantages: Tensor  # [b] fp32
-    numbers: Tensor  # [b] int64: which episodes
+    where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
     @property
     def mask(self) -> Tensor:
         return self.labels != IGNORE
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(**{f.name: vars(self)[f.name].to(device) for f in fields(self)})
+        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def rows(
-    episodes: Sequence[Episode], numbers: Sequence[int], advantages: Tensor, counts: Sequence[bool], *, pad_id: int
+    episodes: Sequence[Episode],
+    numbers: Sequence[int],
+    *,
+    advantages: Tensor,
+    counts: Sequence[bool],
+    pad_id: int,
+    length: int | None = None,
 ) -> Rows:
-    """The episodes of ``numbers``, whose ``advantages`` [n] and whether they count are indexed by these numbers."""
-    longest = max(len(episodes[i].tokens) for i in numbers)
+    """The episodes of ``numbers``, whose ``advantages`` [n] and whether they count are indexed by these numbers.
+
+    ``length``: tokens of a row, for compiled blocks, which want one shape; None: as the longest needs.
+    """
+    longest = max(len(episodes[i].tokens) for i in numbers) if length is None else length
     b, s = len(numbers), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     tokens, labels = torch.full((b, s), pad_id), torch.full((b, s), IGNORE)
     logps = torch.zeros(b, s)
     for row, i in enumerate(numbers):
         episode, n = episodes[i], len(episodes[i].tokens)
-        own = torch.tensor(episode.tokens)
-        tokens[row, :n] = own
+        held = torch.tensor(episode.tokens)
+        tokens[row, :n] = held
         if counts[i]:
             chosen = torch.tensor(episode.chosen)[1:]
-            labels[row, : n - 1] = torch.where(chosen, own[1:], IGNORE)
+            labels[row, : n - 1] = torch.where(chosen, held[1:], IGNORE)
             logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
-    index = torch.tensor(list(numbers))
-    return Rows(tokens=tokens, labels=labels, sampler_logps=logps, advantages=advantages[index], numbers=index)
+    own = torch.tensor(list(numbers))
+    where = tuple(episodes[i].prompt.where for i in numbers)
+    return Rows(tokens=tokens, labels=labels, sampler_logps=logps, advantages=advantages[own], where=where)
 
 
 def micro_batches(count: int, *, mini_batches: int, batch_size: int, lengths: Sequence[int]) -> list[list[list[int]]]:
@@ -64,10 +76,9 @@ def micro_batches(count: int, *, mini_batches: int, batch_size: int, lengths: Se
     return found
 
 
-def count_totals(
-    episodes: Sequence[Episode], numbers: Sequence[int], counts: Sequence[bool], *, max_tokens: int, world: World
-) -> Totals:
-    """All ranks: of a mini-batch of all ranks, for `token_weights`."""
-    own = [episodes[i].num_chosen for i in numbers if counts[i]]
-    sequences, tokens = world.sum(torch.tensor([len(own), sum(own)], device=world.device)).tolist()
+def count_totals(batches: Sequence[Rows], *, max_tokens: int, world: World) -> Totals:
+    """All ranks: of an update of all ranks, for `token_weights`."""
+    masks = [batch.mask for batch in batches]
+    own = torch.stack([torch.stack((mask.any(1).sum(), mask.sum())) for mask in masks]).sum(0)
+    sequences, tokens = world.sum(own).tolist()
     return Totals(sequences=sequences, tokens=tokens, max_tokens=max_tokens)

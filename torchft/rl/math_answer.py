@@ -7,7 +7,6 @@ import cmath
 import math
 import random
 import re
-from collections.abc import Sequence
 
 Value = complex | tuple["Value", ...]
 
@@ -103,7 +102,7 @@ class _Parser:
     """sum := product (("+" | "-") product)*; product := sign? power (("*" | "/")? power)*; power := atom "^" power."""
 
     def __init__(self, text: str, letters: dict[str, complex]) -> None:
-        self._tokens: Sequence[str] = [t for t in _TOKEN.findall(text) if t.strip()]
+        self._tokens = [t for t in _TOKEN.findall(text) if t.strip()]
         self._letters, self._at = letters, 0
 
     def value(self) -> Value:
@@ -167,8 +166,8 @@ class _Parser:
             self._take(*")]}" if token != "{" else "}")
             return inner
         if token == "\\frac":
-            above = _number(self._atom())
-            return above / _number(self._atom())
+            above = self._argument()
+            return above / self._argument()
         name = token.removeprefix("\\")
         if name in _FUNCTIONS:
             if name == "sqrt" and self._next() == "[":
@@ -183,6 +182,14 @@ class _Parser:
         if name in self._letters:
             return self._letters[name]
         raise ValueError(f"{token!r} has no value")
+
+    def _argument(self) -> complex:
+        """Of \\frac: what braces hold or, without them, one digit."""
+        token = self._next()
+        if token.isdigit() and len(token) > 1:
+            self._tokens[self._at] = token[1:]
+            return complex(int(token[0]))
+        return _number(self._atom())
 
     def _next(self) -> str:
         return self._tokens[self._at] if self._at < len(self._tokens) else ""

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ class Scores:
     num_failed: dict[str, int]
 
 
+def choose(found: Sequence[Scores], numbers: Sequence[int]) -> Scores:
+    """The scores of ``numbers``, counted through all of ``found``; failures are those of all."""
+    index = torch.tensor(list(numbers), dtype=torch.long)
+    names = found[0].by_reward
+    return Scores(
+        by_reward={name: torch.cat([s.by_reward[name] for s in found])[index] for name in names},
+        total=torch.cat([s.total for s in found])[index],
+        num_failed={name: sum(s.num_failed[name] for s in found) for name in names},
+    )
+
+
 class Scorer:
     """The rewards of a run. It says what a reward raises, the first time."""
 
@@ -54,7 +66,7 @@ class Scorer:
         }
         total = torch.stack([weight * found[name] for name, (_, weight) in self._rewards.items()]).sum(0)
         return Scores(
-            by_reward=found, total=total, num_failed={n: int(v.isnan().sum()) for n, v in found.items() if len(v)}
+            by_reward=found, total=total, num_failed={name: int(values.isnan().sum()) for name, values in found.items()}
         )
 
     def _one(self, name: str, reward: Reward, attempt: Attempt) -> float:
@@ -80,10 +92,11 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _TimeUp
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    timer, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    finally:  # another's timer goes on
+        left = max(timer - (time.monotonic() - began), 1e-3) if timer else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler)

@@ -125,6 +125,7 @@ def metrics_line(metrics: Metrics, *, width: int = 1000) -> str:
     """ "loss 1.2340  lr 1.0e-04  12.3k tok/s  7.1 GiB", of those that are there and, the important ones first, fit."""
     forms = {
         "loss": lambda v: f"loss {v:.4f}",
+        "reward": lambda v: f"reward {v:.3f}",
         "lr": lambda v: f"lr {v:.1e}",
         "grad_norm": lambda v: f"norm {v:.3f}",
         "tokens_per_second": lambda v: f"{count(v)} tok/s",

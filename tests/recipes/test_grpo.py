@@ -1,0 +1,221 @@
+"""GRPO from end to end on the demo's model: against transformers, divided, on ranks, resumed, and that it learns."""
+
+import json
+
+import pytest
+import torch
+from letters import write_jsonl
+from processes import run_ranks
+from recipe_runs import digests, hub_model, interrupted, largest_difference, load_recipe, train, weights
+from safetensors.torch import load_file
+
+from torchft import registry, shipped
+from torchft.errors import UserError
+from torchft.training.metrics import read_rows
+
+CONFIG = shipped.configs()["demo/grpo"]
+SMALL = [
+    "max_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.sampling.temperature=3.0",
+    "~prompts_eval", "~eval_every", "seq_len=48", "export_dtype=fp32", "batch_size=16",
+]  # fmt: skip
+SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.5}"
+FULL = ["~lora", SGD, "clip_grad_norm=null"]
+CLOCK = ("tokens_per_second", "mfu", "peak_memory_gib", "time_s", "start_to_first_step_s", "rollout_s")
+
+
+@pytest.fixture
+def grpo(monkeypatch):
+    recipe = load_recipe("grpo")
+    monkeypatch.setattr(recipe, "draw_loss", lambda *args, **kwargs: None)
+
+    def run(folder, *overrides):
+        return train(recipe, CONFIG, folder, *SMALL, *overrides)
+
+    run.recipe = recipe
+    return run
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def hub_logps(model, batch, temperature=3.0):
+    """transformers' log-probability of each label [b, s], 0 where there is none."""
+    logits = model(batch.tokens).logits.float() / temperature
+    logps = logits.log_softmax(-1).gather(-1, batch.labels.clamp_min(0)[..., None]).squeeze(-1)
+    return torch.where(batch.mask, logps, 0.0)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "rloo", "gspo"])
+def test_a_step_is_transformers_with_the_policy_gradient(grpo, tmp_path, monkeypatch, method):
+    """On policy every method's gradient is -A times that of log p, and only the divisor differs."""
+    seen, make = [], grpo.recipe.rows
+    monkeypatch.setattr(grpo.recipe, "rows", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
+    run = grpo(tmp_path / "run", *FULL, "max_steps=1", f"method={method}")
+    [batch] = seen
+    assert batch.advantages.abs().max() > 0.05 and batch.mask.any(1).all()
+    model = hub_model(shipped.config_path("demo/base"))
+    logps, mask, a = hub_logps(model, batch), batch.mask, batch.advantages[:, None]
+    n, tokens = len(mask), mask.sum(1, keepdim=True)
+    terms = {
+        "grpo": logps * a / (n * tokens),
+        "dr_grpo": logps * a / (n * 12),
+        "dapo": logps * a / mask.sum(),
+        "rloo": logps * a / n,
+        "gspo": logps * a / (n * tokens),
+    }
+    (-terms[method].sum()).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.5 * p.grad
+    got = load_file(run / "export" / "model.safetensors")
+    want = {name: p for name, p in model.named_parameters() if name in got}
+    before = load_file(shipped.config_path("demo/base") / "model.safetensors")
+    assert largest_difference(got, want) < 2e-5
+    assert largest_difference(got, {name: before[name].float() for name in got}) > 1e-4
+
+
+def test_micro_batches_change_nothing(grpo, tmp_path):
+    whole = grpo(tmp_path / "whole", "batch_size=16", *FULL)
+    parts = grpo(tmp_path / "parts", "batch_size=3", *FULL)
+    assert largest_difference(weights(whole), weights(parts)) < 1e-5
+    for a, b in zip(rows(whole), rows(parts), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["entropy"] == pytest.approx(b["entropy"], rel=1e-5)
+        assert a["reward"] == b["reward"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def part(folder, overrides):
+    recipe = load_recipe("grpo")
+    recipe.draw_loss = lambda *args, **kwargs: None
+    train(recipe, CONFIG, folder, *SMALL, *overrides)
+
+
+@pytest.mark.parametrize("options", [["mini_batches=2", "kl_coef=0.1", SGD], [*FULL, "kl_coef=0.1", "max_steps=1"]])
+def test_ranks_are_one_process(grpo, tmp_path, options):
+    alone = grpo(tmp_path / "alone", *options)
+    run_ranks(part, 2, tmp_path / "ranks", [*options, "batch_size=8"])
+    assert largest_difference(weights(alone), weights(tmp_path / "ranks")) < 1e-5
+    for ours, want in zip(rows(tmp_path / "ranks"), rows(alone), strict=True):
+        assert ours.keys() == want.keys()
+        for name, value in want.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("options", [["passes=2", "mini_batches=2", "rollout.resample=1"]])
+def test_resume_is_bit_exact(grpo, tmp_path, monkeypatch, options):
+    options = ["max_steps=3", "save_every=1", *options]
+    whole = grpo(tmp_path / "whole", *options)
+    for step in (1, 2):
+        with interrupted(monkeypatch, step):
+            grpo(tmp_path / "parts", *options)
+    parts = grpo(tmp_path / "parts", *options)
+    assert digests(parts) == digests(whole) and rows(parts) == rows(whole)
+
+
+def test_the_reference_is_the_model_without_its_adapters(grpo, tmp_path):
+    """And a second model in full training: no divergence in the first step, then some, and less with a higher price."""
+    divergence = {}
+    for name, options in {
+        "lora": ["optimizer.lr=0.02"], "lora, dear": ["optimizer.lr=0.02", "kl_coef=20.0"], "full": FULL
+    }.items():  # fmt: skip
+        run = grpo(tmp_path / name, "max_steps=3", *(["kl_coef=0.01"] if "dear" not in name else []), *options)
+        divergence[name] = [row["kl"] for row in rows(run)]
+        assert divergence[name][0] < 1e-9 < divergence[name][-1]
+    assert divergence["lora, dear"][-1] < 0.7 * divergence["lora"][-1]
+
+
+def test_several_updates_of_a_rollout(grpo, tmp_path):
+    """The first knows the engine's weights, later ones are clipped; each is an optimizer step."""
+    run = grpo(
+        tmp_path / "run",
+        "passes=4",
+        "optimizer.lr=0.02",
+        "max_steps=1",
+        "lr_schedule=torchft.training.schedules.linear",
+    )
+    [row] = rows(run)
+    assert row["clipped"] > 0.01 and row["mismatch_kl"] < 1e-6
+    assert 0 < row["lr"] < 0.02 * 0.3  # the last of four
+
+
+def sometimes():
+    def reward(attempt):
+        if len(attempt.text) % 2:
+            raise RuntimeError("no odd answers, please")
+        return float(len(attempt.text))
+
+    return reward
+
+
+def constant():
+    return lambda attempt: 0.1
+
+
+def test_rewards_that_raise_are_left_out_and_counted(grpo, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_added", {})
+    registry.add(sometimes, kind="reward")
+    seen, make = [], grpo.recipe.rows
+    monkeypatch.setattr(grpo.recipe, "rows", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
+    name = f"{sometimes.__module__}.sometimes"
+    run = grpo(tmp_path / "run", f"rollout.rewards=[{{reward: {{_component_: {name}}}}}]")
+    for row, batch in zip(rows(run), seen, strict=True):
+        failed = int(row["rewards_failed/sometimes"])
+        assert 0 < failed < 16 and batch.mask.any(1).sum() == 16 - failed and torch.isfinite(batch.advantages).all()
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and {s["reward"] is None for s in samples} == {True, False}
+
+
+def test_equal_rewards_move_nothing(grpo, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_added", {})
+    registry.add(constant, kind="reward")
+    run = grpo(
+        tmp_path / "run", f"rollout.rewards=[{{reward: {{_component_: {constant.__module__}.constant}}}}]", *FULL
+    )
+    assert [(row["grad_norm"], row["groups_equal"]) for row in rows(run)] == [(0, 1), (0, 1)]
+    before = load_file(shipped.config_path("demo/base") / "model.safetensors")
+    after = load_file(run / "export" / "model.safetensors")
+    assert largest_difference(after, {name: p.float() for name, p in before.items()}) == 0
+
+
+def test_groups_that_teach_nothing_are_replaced(grpo, tmp_path):
+    cold = ["rollout.sampling.temperature=1.0", "max_steps=1"]
+    [before] = rows(grpo(tmp_path / "before", *cold))
+    [after] = rows(grpo(tmp_path / "after", *cold, "rollout.resample=8"))
+    assert after["groups_equal"] < before["groups_equal"]
+
+
+def test_prompts_that_are_too_long_are_counted(grpo, tmp_path):
+    long = [{"prompt": 'Write "abc" backwards.', "answer": "cba"}] * 2 + [{"prompt": "a" * 60, "answer": "b"}] * 2
+    path = write_jsonl(tmp_path / "p.jsonl", long)
+    run = grpo(tmp_path / "run", f"prompts.source={path}", "max_steps=1")
+    [row] = rows(run)
+    assert row["ended/too_long"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("rollout.sampling.temperature=0", "at 0 all answers"),
+        ("rollout.rewards=[]", "nothing to learn"),
+        ("rollout.max_turns=2", "give an environment"),
+        ("rollout.group_size=1", "at least 2"),
+        ("mini_batches=3", "do not divide"),
+        ("rollout.sampling.max_new_tokens=48", "no room"),
+        ("method=gppo", "expected 'grpo', 'dr_grpo'"),
+        ("rollout.rewards=[{reward: {_component_: torchft.rl.rewards.regex}}]", "pattern"),
+        ("rollout.rewards=[{reward: {_component_: os.system}}]", "os.system"),
+    ],
+)
+def test_configs_that_cannot_work(grpo, tmp_path, override, problem):
+    with pytest.raises(UserError, match=problem):
+        grpo(tmp_path / "run", override)
+
+
+def test_it_learns(tmp_path):
+    """The demo, cut short: held-out answers, of which the base gets 1 in 25 right."""
+    recipe = load_recipe("grpo")
+    run = train(recipe, CONFIG, tmp_path / "run", "max_steps=24", "eval_every=100", "~save_every")
+    before, after = (row["eval_reward/exact_match"] for row in read_rows(run / "metrics.jsonl") if "eval_reward" in row)
+    assert before < 0.1 and after > 0.3
+    answer = hub_model(run / "export")
+    assert answer.config.vocab_size == 448 and (run / "export" / "adapter" / "adapter_config.json").exists()

@@ -1,0 +1,132 @@
+"""Where training's episodes come from: prompts in order, the engine, the rewards; each of several ranks does a part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+
+from torchft.config import Component, Kind, Range
+from torchft.data.prompts import Prompt, PromptLoader
+from torchft.errors import UserError
+from torchft.generation.gathered import gathered
+from torchft.generation.loaded import engine
+from torchft.generation.sampling import Sampling
+from torchft.losses.policy import group_advantages
+from torchft.modules.decoder import Decoder
+from torchft.rl.curves import rollout_row
+from torchft.rl.rollout import Episode, rollout
+from torchft.rl.scoring import RewardConfig, Scorer, Scores, choose
+from torchft.tokenizers.tokenizer import Tokenizer
+from torchft.training.distributed import World
+from torchft.training.metrics import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The ``rollout:`` section of a config: what is generated in a step, and how it is judged."""
+
+    rewards: list[RewardConfig]
+    reward_timeout_s: Annotated[float, Range(above=0)] = 5.0  # of one reward of one answer, which else is left out
+    prompts_per_step: Annotated[int, Range(min=1)] = 64  # of all devices
+    group_size: Annotated[int, Range(min=1)] = 8  # answers to each prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    num_slots: Annotated[int, Range(min=1)] = 256  # answers that a device computes together
+    environment: Annotated[Component, Kind("environment")] | None = None  # what answers the model's turns: tools
+    max_turns: Annotated[int, Range(min=1)] = 1
+    resample: Annotated[int, Range(min=0)] = 0  # rounds of further prompts, in place of groups with equal rewards
+
+    @property
+    def episodes_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+    def problems(self, seq_len: int) -> list[str]:
+        """For a recipe's ``conflicts``."""
+        found = []
+        if self.sampling.temperature == 0:
+            found.append("rollout.sampling.temperature: at 0 all answers are the same, and nothing is learned")
+        if not self.rewards:
+            found.append("rollout.rewards: without any there is nothing to learn")
+        if self.max_turns > 1 and not self.environment:
+            found.append("rollout.max_turns: nobody answers the model's turns; give an environment")
+        if self.sampling.max_new_tokens >= seq_len:
+            found.append("rollout.sampling.max_new_tokens: no room for a prompt in seq_len")
+        return found
+
+
+class Rollouts:
+    """All ranks make one, and call it alike; each answers its part of the prompts, with whole weights meanwhile.
+
+    What is drawn is decided by the seed and a prompt's number: there is no generator whose state would have to be
+    saved.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        *,
+        seq_len: int,
+        seed: int,
+        world: World,
+    ) -> None:
+        if config.prompts_per_step % world.size:
+            raise UserError(
+                f"rollout.prompts_per_step: {config.prompts_per_step} is not a multiple of the {world.size} processes",
+                is_shared=True,
+            )
+        self.loader = PromptLoader(prompts, seed=seed)
+        self._config, self._tokenizer, self._seed, self._world = config, tokenizer, seed, world
+        self._own = config.prompts_per_step // world.size
+        slots = min(config.num_slots, self._own * config.group_size)
+        self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len)
+        self._scorer = Scorer(config.rewards, timeout_s=config.reward_timeout_s)
+
+    def next(self) -> tuple[list[Episode], Scores]:
+        """This rank's episodes of a step, a group after the other, and their scores. The engine's memory is freed.
+
+        Groups with equal rewards are replaced by those of further prompts, as ``resample`` allows.
+        """
+        g, own = self._config.group_size, self._own
+        episodes: list[Episode] = []
+        found: list[Scores] = []
+        for _ in range(1 + self._config.resample):
+            first = self.loader.taken + self._world.rank * own
+            prompts = self.loader.take(self._config.prompts_per_step)[self._world.rank * own :][:own]
+            new = self._episodes(prompts, self._config.sampling, group_size=g, first=first)
+            episodes += new
+            found.append(self._scorer.score([episode.attempt for episode in new]))
+            totals = torch.cat([scores.total for scores in found]).view(-1, g)
+            teaches = group_advantages(totals).ne(0).any(1)
+            missing = torch.tensor([max(0, own - int(teaches.sum()))], device=self._world.device)
+            if not self._world.sum(missing):
+                break
+        self._engine.release()
+        chosen = (~teaches).to(torch.int8).argsort(stable=True)[:own].sort().values  # those that teach, first
+        numbers = [int(group) * g + i for group in chosen for i in range(g)]
+        return [episodes[i] for i in numbers], choose(found, numbers)
+
+    def held_out(self, prompts: Sequence[Prompt]) -> Row:
+        """Rewards of a greedy answer to each of ``prompts``, of all ranks."""
+        own = prompts[self._world.rank :: self._world.size]
+        episodes = self._episodes(own, replace(self._config.sampling, temperature=0.0), group_size=1, first=0)
+        self._engine.release()
+        scores = self._scorer.score([episode.attempt for episode in episodes])
+        return rollout_row(episodes, scores, group_size=1, prefix="eval_")
+
+    def _episodes(self, prompts: Sequence[Prompt], how: Sampling, *, group_size: int, first: int) -> list[Episode]:
+        environment = self._config.environment
+        with gathered(self._engine.model):
+            return rollout(
+                self._engine,
+                self._tokenizer,
+                prompts,
+                sampling=how,
+                group_size=group_size,
+                seed=self._seed,
+                first=first,
+                environment=environment.build if environment else None,
+                max_turns=self._config.max_turns,
+            )
