@@ -22,6 +22,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "hub": FOUNDATION | {"dequantise", "hub_names", "modules", "weights", "staging"},
     "hub_names": FOUNDATION,
     "tokenizers": FOUNDATION,
+    "export": FOUNDATION | {"modules", "hub", "adapters", "tokenizers"},
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights"},

@@ -34,6 +34,14 @@ class Rows:
         return replace(self, **moved)
 
 
+def countable(episodes: Sequence[Episode], rewards: Tensor, *, skip_truncated: bool) -> list[bool]:
+    """Which of them are trained on: with a token, a reward [n] that is known and, if wanted, an end of their own."""
+    return [
+        e.num_chosen > 0 and not is_unknown and not (skip_truncated and e.finish == "length")
+        for e, is_unknown in zip(episodes, rewards.isnan().tolist())
+    ]
+
+
 def rows(
     episodes: Sequence[Episode],
     numbers: Sequence[int],

@@ -1,5 +1,6 @@
 """Where training's episodes come from: prompts in order, the engine, the rewards; each of several ranks does a part."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -83,6 +84,11 @@ class Rollouts:
         slots = min(config.num_slots, self._own * config.group_size)
         self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len)
         self._scorer = Scorer(config.rewards, timeout_s=config.reward_timeout_s)
+
+    def num_steps(self, *, epochs: int, max_steps: int | None) -> int:
+        """Of a run: those of ``epochs``, or ``max_steps`` if they are fewer."""
+        steps = epochs * math.ceil(len(self.loader.prompts) / self._config.prompts_per_step)
+        return min(steps, max_steps or steps)
 
     def next(self) -> tuple[list[Episode], Scores]:
         """This rank's episodes of a step, a group after the other, and their scores. The engine's memory is freed.
