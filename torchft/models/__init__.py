@@ -1,5 +1,6 @@
 """The families by name, and how a checkpoint folder or a config becomes a model."""
 
+import difflib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ from torchft.models import (
     smollm3,
 )
 from torchft.models.config_json import ConfigJson, unread
-from torchft.models.multimodal import text_config
+from torchft.models.multimodal import TEXT_MODELS, text_config
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
 
@@ -178,12 +179,15 @@ def _released(name: str) -> tuple[ModuleType, Any]:
 
 def architecture(json: dict[str, Any]) -> ModuleType:
     """The family that reads a config.json. UserError names the nearest architecture to one that none reads."""
+    known, hint = sorted(ARCHITECTURES) + sorted(TEXT_MODELS), ""
     match json.get("architectures"):
         case [str(name)] if name in ARCHITECTURES:
             return ARCHITECTURES[name]
         case [str(name)]:
-            hint = nearest(name, ARCHITECTURES)
-        case _:
-            hint = ""
-    known = ", ".join(sorted(ARCHITECTURES))
-    raise UserError(f"config.json: architectures is {json.get('architectures')}{hint}; torchft trains {known}")
+            words = {other.partition("For")[0].lower(): other for other in reversed(known)}  # all end in "For..."
+            word = name.partition("For")[0].lower()
+            hint = f"; the nearest is {words[difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]]}"
+    raise UserError(
+        f"config.json: architectures is {json.get('architectures')}, which torchft does not train{hint}. "
+        f"It trains {', '.join(known)}"
+    )

@@ -61,7 +61,7 @@ LLAMA3_TYPE = {"rope_type": "llama3"}
 BAD = {
     "unknown_architecture": (
         {"architectures": ["LlamaForCausalML"]},
-        r"did you mean 'LlamaForCausalLM'.*torchft trains",
+        r"does not train; the nearest is LlamaForCausalLM. It trains Cohere2ForCausalLM, ",
     ),
     "two_architectures": ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
     "architectures_not_a_list": ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM"),
@@ -118,6 +118,21 @@ def test_a_field_that_may_change_the_maths_is_refused(name):
     value, message = STRANGE[name]
     with pytest.raises(UserError, match=message):
         models.build(GOOD | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        ("Gemma3nForConditionalGeneration", "Gemma3ForCausalLM"),
+        ("Phi3SmallForCausalLM", "Phi3ForCausalLM"),
+        ("Olmo2ForSequenceClassification", "Olmo2ForCausalLM"),
+        ("MinistralForCausalLM", "Ministral3ForCausalLM"),
+    ],
+)
+def test_the_nearest_architecture_is_named(name, nearest):
+    with pytest.raises(UserError, match=f"the nearest is {nearest}"):
+        models.build({"architectures": [name]})
 
 
 def test_no_such_model():
