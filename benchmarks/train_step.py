@@ -4,6 +4,9 @@
     python benchmarks/train_step.py llama3/Llama-3.1-8B --method fp8-lora --batch-size 8 --limit-gib 24
     python benchmarks/train_step.py llama3/Llama-3.2-1B --method full --batch-size 8 --recompute none
     python benchmarks/train_step.py llama3/Llama-3.1-8B --lengths instruct      # packed rows of real lengths
+    torchrun --nproc-per-node 2 benchmarks/train_step.py llama3/Llama-3.1-8B    # FSDP2; or --tp 2, --cp 2, --ep 2
+
+Of several processes, each has ``--batch-size`` rows (tp x cp processes share theirs), and tokens are those of all.
 
 The step is the recipes': the same model, surgery, plan, head, clipping and optimizer; only reading data is left out.
 Rows are full and every token is trained, or packed with documents of ``--lengths`` (tokens per second then count real
@@ -19,17 +22,22 @@ import time
 from functools import partial
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from torchft import models
+from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fp8_training import FP8TrainingConfig, apply_fp8_training
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.data.packing import pack
 from torchft.losses.likelihood import IGNORE, nll_sum
+from torchft.ranks import gather, is_main, local
 from torchft.training.compile import compiled
-from torchft.training.environment import device_name, pick_device, seconds_since_start
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, init, sum_gradients
+from torchft.training.environment import device_name, seconds_since_start
 from torchft.training.in_backward import InBackward
 from torchft.training.meter import training_flops
 from torchft.training.metrics import mfu, peak_flops, peak_memory_gib
@@ -60,12 +68,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help=f"timed, after {WARM}")
     parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes")
     parser.add_argument("--device", default="auto")
+    for axis in ("replicate", "tp", "cp", "ep"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="as in a recipe's `parallel`")
     given = parser.parse_args()
+    parallel = ParallelConfig(replicate=given.replicate, tp=given.tp, cp=given.cp, ep=given.ep)
+    with init(parallel, device=given.device) as world:
+        measure(given, world)
 
-    device = pick_device(given.device)
+
+def measure(given: argparse.Namespace, world: World) -> None:
+    device, shards = world.device, world.tokens
     if given.limit_gib and device.type == "cuda":
         torch.cuda.memory.set_per_process_memory_fraction(given.limit_gib * 2**30 / torch.cuda.mem_get_info(device)[1])
-    torch.manual_seed(0)
+    torch.manual_seed(world.data_rank)
     model = models.build(given.model).to(torch.bfloat16)
     if given.method == "qlora":
         apply_nf4(model, NF4Config())
@@ -83,13 +98,22 @@ def main() -> None:
         offload=given.offload,
         compiled=not given.no_compile,
         rows=given.batch_size,
-        seq_len=given.seq_len,
+        seq_len=shards.share(given.seq_len),
         packed=packed,
+        shards=world.shards,
         device=device,
         in_backward=given.in_backward,
         accumulation=given.accumulate,
         limit=int(given.limit_gib * 2**30) if given.limit_gib else None,
     )
+    if world.mesh:
+        for experts in split_experts(model, world.ep_mesh):
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+        split_blocks(model, world.tp_mesh, shards)
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
     apply_plan(model, plan)
     model.to_empty(device=device)
     fill(model, device)
@@ -105,11 +129,13 @@ def main() -> None:
     for step in range(WARM + given.steps):
         window = [batch(given, model.config.vocab_size) for _ in range(given.accumulate)]
         parts = [tensors for whole in window for tensors in zip(*(t.split(plan.rows) for t in whole))]
-        supervised = sum(int((labels != IGNORE).sum()) for _, labels, _ in parts)
-        sent = [
-            (*(t.to(device) for t in part), documents(part[2]) if packed else None, int((part[1] != IGNORE).sum()))
-            for part in parts
-        ]
+        supervised = sum(gather(sum(int((labels != IGNORE).sum()) for _, labels, _ in parts))) // shards.count
+        sent = []
+        for tokens, labels, positions in parts:
+            if shards.count > 1:
+                tokens, labels = shards.own(tokens), shards.own(labels)
+            counts = documents(positions) if packed else None
+            sent.append((*(t.to(device) for t in (tokens, labels, positions)), counts, int((labels != IGNORE).sum())))
         torch.cuda.synchronize() if device.type == "cuda" else None
         if step == WARM and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -126,7 +152,7 @@ def main() -> None:
             clip_grad_norm(params, None if given.no_clip else 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for the device
+        last_loss = world.sum(loss.detach()).item()  # waits for the devices
         seconds.append(time.perf_counter() - began)
         real.append(supervised)
         if step == 0:
@@ -139,26 +165,28 @@ def main() -> None:
     flops = training_flops(model, seq_len=given.seq_len)
     result = vars(given) | {
         "tokens_per_second": round(tokens_per_s),
-        "mfu": mfu(tokens_per_s, flops, peak_flops(device_name(device))),
-        "peak_memory_gib": round(peak_memory_gib(device), 2),
+        "mfu": mfu(tokens_per_s / world.size, flops, peak_flops(device_name(device))),
+        "peak_memory_gib": round(max(gather(peak_memory_gib(device))), 2),
         "first_step_s": round(seconds[0], 1),
         "start_to_first_step_s": round(from_start, 1),
         "compiled": str(compiled()),
         "plan": plan.reason,
-        "loss": round(loss.item() * given.accumulate * given.batch_size / plan.rows, 3),
+        "loss": round(last_loss * given.accumulate * given.batch_size / plan.rows, 3),
         "spread": round((max(seconds[WARM:]) - min(seconds[WARM:])) / statistics.median(seconds[WARM:]), 3),
         "trainable_parameters": num_parameters(model)[0],
-        "device": device_name(device),
+        "device": str(world),
         "torch": torch.__version__,
     }
-    print(json.dumps(result, default=str))
+    if is_main():
+        print(json.dumps(result, default=str))
 
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, device: torch.device) -> None:
     """Random weights, by copy, which quantised ones take too."""
-    for p in model.parameters():
-        p.copy_(torch.randn(p.shape, device=device, dtype=torch.bfloat16) * 0.02 if p.ndim > 1 else torch.ones(()))
+    for part in map(local, model.parameters()):
+        dense = torch.randn(part.shape, device=device, dtype=torch.bfloat16) * 0.02
+        part.copy_(dense if part.ndim > 1 else torch.ones_like(dense))
     init_adapters(model)
 
 
