@@ -295,10 +295,11 @@ def train(config: Config, run: Run, world: World) -> None:
         before = answer_all(model, tokenizer, questions, exam)
         metrics.write({"step": 0, "exact_match": share_right(before)})
     after = before
+    guard = Guard(config.guard)
     if saved:
+        guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
-    guard = Guard(config.guard)
     in_backward = InBackward(optimizer, model) if config.optimizer_in_backward else None
     with (
         Steps(console, total_steps, start=step) as progress,
@@ -358,6 +359,7 @@ def train(config: Config, run: Run, world: World) -> None:
                         "model": trainable(model),
                         "optimizer": optimizer_tree(model, optimizer),
                         "loader": loader.state_dict(),
+                        "guard": guard.state_dict(),
                         "rng": rng_state(),
                         "plan": plan.setting,
                     }

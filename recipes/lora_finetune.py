@@ -310,13 +310,14 @@ def train(config: Config, run: Run, world: World) -> None:
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     params = [p for p in model.parameters() if p.requires_grad]
-    guard = Guard(config.guard)
     before: list[Answer] = []
     if exam and step == 0:
         before = answer_all(model, tokenizer, questions, exam)
         metrics.write({"step": 0, "exact_match": share_right(before)})
     after = before
+    guard = Guard(config.guard)
     if saved:
+        guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     with (
@@ -374,6 +375,7 @@ def train(config: Config, run: Run, world: World) -> None:
                         "model": trainable(model),
                         "optimizer": optimizer_tree(model, optimizer),
                         "loader": loader.state_dict(),
+                        "guard": guard.state_dict(),
                         "rng": rng_state(),
                         "plan": plan.setting,
                     }

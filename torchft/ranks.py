@@ -6,6 +6,7 @@ part of it. Functions that say "all ranks" must be called by all of them, in the
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torchft import files
 from torchft.errors import UserError
+
+MAIN_FIRST_S = 24 * 3600  # tokenising much text takes hours; a main rank that dies is noticed at once
 
 T = TypeVar("T")
 Region = tuple[slice, ...]  # of a whole tensor, a slice for each dimension
@@ -42,17 +45,21 @@ def is_main() -> bool:
 def main_first() -> Iterator[None]:
     """All ranks: the main one goes through the block before the others, which then find what it has cached.
 
-    If it raises a UserError, so do the others, without the block.
+    They wait as long as it takes, up to MAIN_FIRST_S, whatever the time-out of the job's collectives. If it raises a
+    UserError, so do the others, without the block.
     """
+    waits = num_ranks() > 1
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=MAIN_FIRST_S)) if waits else None
+    if is_main():
+        try:
+            yield
+        except UserError as e:
+            from_main(partial(_raise, e), group)
+    from_main(lambda: None, group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if not is_main():
-        from_main(lambda: None)
         yield
-        return
-    try:
-        yield
-    except UserError as e:
-        from_main(partial(_raise, e))
-    from_main(lambda: None)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """What ranks tell each other, and parts of sharded tensors, on 1 to 3 processes."""
 
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +31,17 @@ def talk():
     found["agree"] = type(stop.value).__name__
     ranks.agree(None)
     return found
+
+
+def wait_for_main(fails):
+    """The main rank takes longer than the job's collectives may."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    with pytest.raises(UserError, match="no such file") if fails else nullcontext(), ranks.main_first():
+        if ranks.is_main():
+            time.sleep(3)
+            if fails:
+                _fail("no such file")
+        return time.time()
 
 
 def parts():
@@ -61,6 +76,12 @@ def strided_parts():
 
 def _fail(*problems):
     raise UserError(*problems)
+
+
+def test_x10_the_others_wait_for_the_main_rank():
+    main, other = run_ranks(wait_for_main, 2, False)
+    assert main <= other
+    assert run_ranks(wait_for_main, 2, True) == [None, None]
 
 
 def test_ranks_tell_each_other():

@@ -45,15 +45,17 @@ class Step:
         return TensorFolder(self.path / part)
 
     def read(self, part: str) -> Any:
-        return self.open(part).tree()
+        """The part's tree; None if an earlier version has saved no such part."""
+        return self.open(part).tree() if (self.path / part).is_dir() else None
 
     def read_own(self, part: str) -> Any:
-        """This rank's own tree; None, with a warning, for a rank that the ranks which saved the step lacked."""
-        saved_by = self.manifest["ranks"]
-        if num_ranks() > saved_by:
-            log.warning(
-                "%s was saved by %d ranks: rank %d and later find no %s there", self.path, saved_by, saved_by, part
-            )
+        """This rank's own tree; None for a rank that the ranks which saved the step lacked. Other ranks: a warning."""
+        saved_by, now = self.manifest["ranks"], num_ranks()
+        where = f"{self.path} was saved by {saved_by} ranks"
+        if now > saved_by:
+            log.warning("%s: rank %d and later find no %s there", where, saved_by, part)
+        if now < saved_by:
+            log.warning("%s: the %s of rank %d and later is dropped", where, part, now)
         return self.read(f"{part}/{own_folder(rank())}") if rank() < saved_by else None
 
 

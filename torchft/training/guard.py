@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
@@ -74,6 +74,15 @@ class Guard:
         if self._config.spike != "ignore":
             self._watch(step, float(loss), rows)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "high": self._high, "skips": self._skips, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """None, of a checkpoint that has none, leaves all as it is."""
+        if state is not None:
+            self._losses.extend(state["losses"])
+            self._high, self._skips, self.skipped = state["high"], state["skips"], state["skipped"]
 
     def _watch(self, step: int, loss: float, rows: list[object]) -> None:
         limit = self._config.spike_factor * sum(self._losses) / len(self._losses) if self._losses else math.inf

@@ -1,5 +1,6 @@
 """Steps that are not finite are left out and counted, or end the run; a loss that leaps is said."""
 
+import json
 import math
 
 import pytest
@@ -34,13 +35,22 @@ def test_too_many_skips_on_end_stop():
     assert look(skips, 5, 1.0)
     for step in range(guard.MOST_SKIPS):
         assert not look(skips, step, math.nan)
+    resumed = Guard(GuardConfig(not_finite="skip"))
+    resumed.load_state_dict(skips.state_dict())
+    assert resumed.skipped == 5 + guard.MOST_SKIPS
+    with pytest.raises(UserError, match=f"{guard.MOST_SKIPS + 1} steps on end"):
+        look(resumed, 99, math.nan)
     with pytest.raises(UserError, match=f"{guard.MOST_SKIPS + 1} steps on end"):
         look(skips, 99, math.nan)
 
 
 def leaps(config, losses):
+    """Of a run that is resumed before every step."""
     watch = Guard(config)
     for step, loss in enumerate([1.0] * 50 + [3.0] * 50 + losses):  # mean 2
+        state = json.loads(json.dumps(watch.state_dict()))
+        watch = Guard(config)
+        watch.load_state_dict(state)
         assert look(watch, step, loss)
 
 
