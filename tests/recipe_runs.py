@@ -15,7 +15,11 @@ from torchft.generation.greedy import generate
 from torchft.training.metrics import read_rows
 from torchft.training.shards import TensorFolder
 
-EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "eval_loss", "exact_match")
+EXACT = (
+    "step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "eval_loss", "exact_match",
+    "rewards_chosen", "rewards_rejected", "margin", "accuracy", "preferred", "eval_margin", "eval_accuracy",
+    "eval_preferred",
+)  # fmt: skip
 WORDS = "red green blue one two three four five good day Größe 12 345 hello world".split()  # noqa: SIM905
 
 
@@ -32,6 +36,16 @@ def conversations(count, seed=0):
                 {"role": "assistant", "content": " ".join(reversed(words))},
             ]
         rows.append({"messages": messages})
+    return rows
+
+
+def preferences(count, seed=0):
+    """Rows of 60 to 150 tokens: the answer in the order asked for, and in another one, of other length."""
+    rows = []
+    for row in conversations(count, seed):
+        *prompt, answer = row["messages"]
+        wrong = {"role": "assistant", "content": f"{prompt[-1]['content']} well"}
+        rows.append({"prompt": prompt, "chosen": [answer], "rejected": [wrong]})
     return rows
 
 
@@ -134,6 +148,25 @@ def hub_batch(folder, conversations):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
         labels[i, : len(row)] = row.where(learned, -100)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def hub_answers_batch(folder, rows):
+    """As `hub_batch`, of prompts with one answer each, of which only that is learned."""
+    batch = hub_batch(folder, [{"messages": [*prompt, *answer]} for prompt, answer in rows])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for labels, (prompt, _) in zip(batch["labels"], rows):
+        kwargs = {"chat_template": template("llama3_training"), "add_generation_prompt": True, "return_dict": True}
+        labels[: len(tokenizer.apply_chat_template(prompt, tokenize=True, **kwargs)["input_ids"])] = -100
+    return batch
+
+
+def hub_logps(model, batch):
+    """Sum of transformers' log-probabilities of each row's labels, nats; and how many there are."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    mask = labels != -100
+    logps = logits.float().log_softmax(-1).gather(-1, labels.where(mask, 0)[..., None])[..., 0]
+    return (logps * mask).sum(1), mask.sum(1)
 
 
 def hub_loss(model, batch):

@@ -25,7 +25,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "export": FOUNDATION | {"modules", "hub", "adapters", "tokenizers"},
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},
-    "training": FOUNDATION | {"modules", "losses", "weights"},
+    "training": FOUNDATION | {"modules", "losses", "weights", "adapters", "data"},
     "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub"},
     "rl": FOUNDATION | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters"},
     "cli": FOUNDATION | {"data", "generation", "modules", "tokenizers", "training"},

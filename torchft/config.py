@@ -10,6 +10,7 @@ class Config:
     def conflicts(self) -> Iterator[str]:  # optional: what is wrong between fields, as "key: message"
 """
 
+import inspect
 import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -33,14 +34,24 @@ class Component:
         """Call the component with its own arguments (components among them are built first) and the given ones."""
         return registry.resolve(self.name)(*args, **_built(self.args), **kwargs)
 
+    def takes(self, name: str) -> bool:
+        """Whether the component has a parameter of that name."""
+        return name in inspect.signature(registry.resolve(self.name)).parameters
+
+    def call(self, **offered: Any) -> Any:
+        """Call the component with its own arguments and, of ``offered``, those that it takes."""
+        return self.build(**{name: value for name, value in offered.items() if self.takes(name)})
+
 
 @dataclass(frozen=True)
 class Kind:
-    """Note of a Component: which kind of the registry fits, which parameters the recipe passes itself, and which name
-    is meant where a mapping has no ``_component_``."""
+    """Note of a Component: which kind of the registry fits, which parameters the recipe passes itself, which ones it
+    passes to those that take them, and which name is meant where a mapping has no ``_component_``.
+    """
 
     name: str
     supplied: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
     default: str = ""
 
 

@@ -151,7 +151,7 @@ class _Check:
             return self.fail(at, str(e))
         args = {}
         for key, value in given.items():
-            if key in note.supplied:
+            if key in (*note.supplied, *note.offered):
                 args[key] = self.fail(join(path, key), "the recipe sets this itself; remove it")
             elif key in accepted.types or accepted.takes_any:
                 args[key] = self.value(accepted.types.get(key, Any), value, join(path, key))
@@ -159,7 +159,7 @@ class _Check:
                 near = nearest(key, accepted.types) or f"; it has {', '.join(accepted.types)}"
                 args[key] = self.fail(join(path, key), f"{name} has no such parameter{near}")
         for key in accepted.required:
-            if key not in given and key not in note.supplied:
+            if key not in given and key not in (*note.supplied, *note.offered):
                 args[key] = self.fail(join(path, key), f"{name} needs it: {words(accepted.types[key])}")
         for key in note.supplied:
             if key not in accepted.types and not accepted.takes_any:

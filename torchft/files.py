@@ -78,7 +78,7 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def keep_in_cache(path: Path, data: str) -> None:
+def keep_in_cache(path: Path, data: str | bytes) -> None:
     """``atomic_write`` of what a later run need not compute again. Only a warning if it cannot be kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """Writes the demo's data, tokenizer and config.json: letter, number and word tasks as chats, the same on every machine.
 
-    python configs/demo/make_data.py            # the LoRA task (small, kept in the repository) and base/'s tokenizer
+    python configs/demo/make_data.py            # the small tasks (kept in the repository) and base/'s tokenizer
     python configs/demo/make_data.py pretrain   # what the base model is trained on, into out/demo_data (27 MB)
 
-The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, and the
-demos of reinforcement learning ``backwards``, a task in words that the base rarely understands. Words of the test files
-never occur in the training files.
+The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, the demos of
+reinforcement learning ``backwards``, a task in words that the base rarely understands, and the preference demo to answer
+tasks that it knows in capital letters. Words of the test files never occur in the training files.
 """
 
 import json
@@ -90,6 +90,9 @@ palindrome = _on_word('Make a palindrome from "{}".', lambda w: w + w[::-1], hig
 backwards = _on_word('Write "{}" backwards.', lambda w: w[::-1], high=6)  # without "the word", which the base knows
 
 
+PREFERRED = ("repeat", "reverse", "twice", "join")  # answered in letters, which can be capitals
+
+
 def samples(makers: list, count: int, *, seed: int, test: bool) -> Iterator[Sample]:
     """Up to ``count`` samples of ``makers`` in turn, only test ones or only others; a test sample comes once.
 
@@ -117,6 +120,13 @@ def write_alpaca(path: Path, rows: Iterator[Sample]) -> None:
     with open(path, "w", encoding="utf-8") as f:
         for question, answer in rows:
             f.write(json.dumps({"instruction": question, "input": "", "output": answer}) + "\n")
+
+
+def write_pairs(path: Path, rows: Iterator[Sample]) -> None:
+    """The right answer in capital letters is preferred to the same answer as the base model gives it."""
+    with open(path, "w", encoding="utf-8") as f:
+        for question, answer in rows:
+            f.write(json.dumps({"prompt": question, "chosen": answer.upper(), "rejected": answer}) + "\n")
 
 
 CHAT_TEMPLATE = (
@@ -217,4 +227,7 @@ if __name__ == "__main__":
         write_alpaca(HERE / "old_tasks.jsonl", samples(list(TASKS.values()), 2000, seed=5, test=False))
         write(HERE / "backwards_train.jsonl", samples([backwards], 2000, seed=5, test=False))
         write(HERE / "backwards_test.jsonl", samples([backwards], 200, seed=6, test=True))
+        preferred = [TASKS[name] for name in PREFERRED]
+        write_pairs(HERE / "capitals_train.jsonl", samples(preferred, 2000, seed=5, test=False))
+        write_pairs(HERE / "capitals_test.jsonl", samples(preferred, 100, seed=6, test=True))
         write_base(HERE / "base")

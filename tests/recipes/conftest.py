@@ -1,6 +1,8 @@
 """A tiny Llama 3 with a real tokenizer, data for it, and the recipes as modules."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import recipe_runs
@@ -50,8 +52,38 @@ def full(settings):
     return partial(recipe_runs.train, recipe_runs.load_recipe("full_finetune"), settings)
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """13 ragged pairs, as many as ``data`` has rows."""
+    return Path(write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", recipe_runs.preferences(13)))
+
+
+@pytest.fixture(scope="session")
+def dpo_settings(tmp_path_factory, base, pairs):
+    path = recipe_runs.write_settings(tmp_path_factory.mktemp("settings"), base, pairs)
+    settings = json.loads(path.read_text()) | {"dataset": {"source": str(pairs)}, "seq_len": 256}
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dpo(dpo_settings):
+    return partial(recipe_runs.train, recipe_runs.load_recipe("dpo"), dpo_settings)
+
+
+@pytest.fixture(scope="session")
+def rated(tmp_path_factory):
+    """The answers of the pairs one by one, good and bad."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in recipe_runs.preferences(7)
+        for side in ("chosen", "rejected")
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("rated") / "rated.jsonl", rows[:13])
+
+
 @pytest.fixture
-def no_picture(lora, full, monkeypatch):
+def no_picture(lora, full, dpo, monkeypatch):
     """Leaves out loss.png, whose 0.2 s at every checkpoint would be most of a test."""
-    for run in (lora, full):
+    for run in (lora, full, dpo):
         monkeypatch.setattr(run.args[0], "draw_loss", lambda *args, **kwargs: None)

@@ -35,9 +35,11 @@ class Batch:
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
     @property
-    def num_documents(self) -> int:
-        """In all rows, padding that is a document of its own included."""
-        return len(self.tokens) if self.documents is None else self.documents[0]
+    def answers(self) -> dict[str, Any]:
+        """What losses/answers.py asks of a batch."""
+        count = len(self.tokens) if self.documents is None else self.documents[0]
+        found = {"labels": self.labels, "positions": self.positions, "documents_of": self.documents_of}
+        return found | {"count": count}  # documents in all rows, padding that is one included
 
     @property
     def is_good(self) -> Tensor | None:

@@ -14,6 +14,8 @@ from torchft.data import judged
 from torchft.data.builder import builder
 from torchft.data.encoders import Encoder
 from torchft.data.messages import Values
+from torchft.data.samples import Samples
+from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.tokenizers.tokenizer import Tokenizer
 
@@ -64,3 +66,11 @@ def stepwise(tokenizer: Tokenizer, example: Values, *, step_end: str = "\n") -> 
     if not end:
         raise UserError(f"dataset.step_end: {step_end!r} is no token; a step needs one where it is judged")
     return partial(judged.steps, tokenizer=tokenizer, end=end)
+
+
+def check_kind(data: Samples | Stream, *, pairs: bool, why: str) -> None:
+    """UserError unless ``data`` is, or is not, of pairs, as ``why`` wants it."""
+    samples = data.probe if isinstance(data, Stream) else data
+    if samples.are_pairs != pairs:
+        kind = "pairs" if pairs else "unpaired"
+        raise UserError(f"dataset: {why} needs data of another kind: torchft.data.preferences.{kind}", is_shared=True)

@@ -126,6 +126,8 @@ def metrics_line(metrics: Metrics, *, width: int = 1000) -> str:
     forms = {
         "loss": lambda v: f"loss {v:.4f}",
         "reward": lambda v: f"reward {v:.3f}",
+        "margin": lambda v: f"margin {v:.3f}",
+        "accuracy": lambda v: f"right {v:.0%}",
         "lr": lambda v: f"lr {v:.1e}",
         "grad_norm": lambda v: f"norm {v:.3f}",
         "tokens_per_second": lambda v: f"{count(v)} tok/s",
