@@ -318,7 +318,15 @@ def test_torchtunes_names(name):
 def test_the_demo_in_short(tmp_path):
     """Of held-out words the margin and the share of preferred answers rise."""
     recipe = load_recipe("dpo")
-    short = ["max_steps=14", "eval_every=14", "log_every=14", "packed=true", "dataset_eval.max_rows=16", "batch_size=3"]
+    short = [
+        "max_steps=18",
+        "eval_every=18",
+        "log_every=18",
+        "optimizer.lr=2e-3",
+        "packed=true",
+        "dataset_eval.max_rows=16",
+        "batch_size=3",
+    ]
     run = train(recipe, shipped.find_config("demo/dpo"), tmp_path / "run", *short)
     before, after = rows(run)
     assert before["eval_margin"] == 0 and before["eval_preferred"] < 0.2
