@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
+from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
-from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.batch import Batch
@@ -43,10 +45,11 @@ from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed, state
-from torchft.training.compile import compile_blocks, compiled
-from torchft.training.console import Console, Steps, count, first_panel, last_panel
+from torchft.training.compile import compile_blocks
+from torchft.training.console import Console, Steps, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
@@ -144,6 +147,8 @@ class Config:
             yield "streaming: a stream has no end; say in max_steps when to stop, and take a loss without a KL estimate"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
+        if self.parallel.tp * self.parallel.cp > 1:
+            yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
         if not self.export:
@@ -181,10 +186,14 @@ def build_model(config: Config, device: torch.device) -> Decoder:
 def load_base(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
-        check_shards(model, world.shards)
+        for experts in split_experts(model, world.ep_mesh):
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+        split_blocks(model, world.tp_mesh, world.tokens)
+        check_shards(model, world.mesh.size(-1))
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
     model.to_empty(device=world.device)
     hub.load_weights(model, config.checkpoint_dir)
     init_adapters(model)  # the same on all ranks, of which each keeps a part
@@ -279,8 +288,9 @@ def train(config: Config, run: Run, world: World) -> None:
     if other is not None and plan.budget is not None:
         compile_blocks(other, budget=plan.budget)
 
-    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": config.compile}
-    how |= {"rank": world.rank, "num_ranks": world.size}
+    one_shape = config.compile or config.parallel.ep > 1
+    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
@@ -298,20 +308,10 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    trained, total = num_parameters(model)
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
-    facts = {
-        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{world}, {config.dtype}",
-        "trained": f"{count(trained)} ({trained / total:.2%})" + (f", {config.lora}" if config.lora else ""),
-        "loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}",
-        "data": str(summary),
-        "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
-        "activations": plan.reason,
-        "compiled": str(compiled()) if config.compile else "no",
-        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
-        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
-    }
+    rows = config.batch_size * config.gradient_accumulation_steps * world.size
+    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    facts = {"loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}", "data": str(summary)}
+    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Preference training", facts, masked_tokens(loader.samples[0], tokenizer))
     from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))
