@@ -308,7 +308,7 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows = config.batch_size * config.gradient_accumulation_steps * world.size
+    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
     sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
     facts = {"loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}", "data": str(summary)}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
@@ -347,7 +347,7 @@ def train(config: Config, run: Run, world: World) -> None:
             for batch in window:
                 judged = judge(config, model, reference, batch, kl)
                 micro_loss = judged.losses.sum() / num_samples  # of the whole window: accumulation changes nothing
-                (world.size * micro_loss).backward()  # FSDP takes the mean of the ranks' gradients
+                micro_loss.backward()
                 own_loss += micro_loss.detach()
                 rewards.add(*judged, batch.is_good)
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))

@@ -34,6 +34,6 @@ def save_trained(
             hub.save_side_files(checkpoint_dir, new, stop_ids=tokenizer.stop_ids)
             save_tokenizer(tokenizer, new)
         if adapter:
-            base = str(checkpoint_dir.resolve())
-            save_peft(model, new / "adapter", hub_name=hub.hub_format(model).names.rename, base_model_name_or_path=base)
+            base, names = str(checkpoint_dir.resolve()), hub.hub_format(model).names
+            save_peft(model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused)
             save_tokenizer(tokenizer, new / "adapter")

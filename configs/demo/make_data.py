@@ -4,7 +4,7 @@
     python configs/demo/make_data.py pretrain   # what the base model is trained on, into out/demo_data (27 MB)
 
 The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, the demos of
-reinforcement learning ``backwards``, a task in words that the base rarely understands, and the preference demo to answer
+reinforcement learning ``backwards``, a task in words that the base rarely understands, the preference demo to answer
 tasks that it knows in capital letters. Words of the test files never occur in the training files.
 """
 
