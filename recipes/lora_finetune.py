@@ -25,6 +25,7 @@ from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.peft import save_peft
 from torchft.adapters.tensor_parallel import split_blocks
+from torchft.adapters.token_rows import apply_token_rows
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
@@ -101,6 +102,7 @@ class Config:
 
     # Model
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    trainable_tokens: list[str] = field(default_factory=list)  # tokens whose embedding rows are trained too
     fp8: FP8Config | None = None  # the frozen base in 8 bits, much faster on GPUs that have them; `fp8: {}`
     nf4: NF4Config | None = None  # QLoRA: the frozen base in 4 bits; `nf4: {}` is all it needs
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the frozen base and of the computation; adapters are fp32
@@ -157,6 +159,8 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     if config.fp8:
         apply_fp8(model, config.fp8, device=device)
     apply_lora(model, config.lora)
+    if config.trainable_tokens:
+        apply_token_rows(model, tokenizers.token_ids(config.checkpoint_dir, config.trainable_tokens))
     fuse_lora(model)
     return model.train()
 

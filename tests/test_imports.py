@@ -14,6 +14,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "weights": FOUNDATION,
     "staging": FOUNDATION,
+    "vocabulary": FOUNDATION | {"weights", "tokenizers"},
     "kernels": set(),
     "modules": FOUNDATION | {"kernels"},
     "losses": FOUNDATION | {"modules", "kernels"},
@@ -28,7 +29,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "training": FOUNDATION | {"modules", "losses", "weights", "adapters", "data"},
     "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub"},
     "rl": FOUNDATION | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters"},
-    "cli": FOUNDATION | {"data", "generation", "modules", "tokenizers", "training"},
+    "cli": FOUNDATION | {"vocabulary", "data", "generation", "modules", "tokenizers", "training"},
 }
 THIRD_PARTY = {
     "torch", "torchao", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchft.adapters.stacked import StackedLoRA
 from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_layers
+from torchft.adapters.token_rows import TokenHead, TokenRows, token_rows
 from torchft.config import Range
 from torchft.errors import UserError
 from torchft.modules.grouped import StackedLinear
@@ -174,6 +175,8 @@ def init_adapters(model: nn.Module, generator: torch.Generator | None = None) ->
     """
     for layer in lora_layers(model).values():
         layer.init_adapter(generator)
+    for rows in token_rows(model).values():
+        rows.init_adapter()
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear | StackedLoRA]:
@@ -190,7 +193,8 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` computes what its base does: the reference model of DPO, PPO and GRPO, for free."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
+    every = [*lora_layers(model).values(), *token_rows(model).values()]
+    layers = [layer for layer in every if layer.enabled]
     for layer in layers:
         layer.enabled = False
     try:
@@ -208,7 +212,7 @@ def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None)
     """
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(parent)
-    if isinstance(module, (LoRALinear, StackedLoRA)) and child == "weight":
+    if isinstance(module, (LoRALinear, StackedLoRA, TokenRows, TokenHead)) and child == "weight":
         return module.merged_weight(dtype)
     parameter = whole(model.get_parameter(name))
     return parameter.to(dtype or parameter.dtype)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from torchft.adapters.fingerprint import differences, fingerprints
 from torchft.adapters.lora import LoRAConfig, lora_layers
-from torchft.adapters.peft_files import CONFIG, WEIGHTS, open_adapter
+from torchft.adapters.peft_files import CONFIG, PREFIX, ROWS, WEIGHTS, open_adapter
 from torchft.adapters.peft_fused import NONE, Fused, hub_module, joined, split
 from torchft.adapters.peft_names import adapted, expert_names, expert_tensors, slots
 from torchft.adapters.stacked import StackedLoRA
+from torchft.adapters.token_rows import token_rows
 from torchft.errors import UserError
 from torchft.files import new_folder
 from torchft.modules.grouped import StackedLinear
@@ -80,6 +81,12 @@ def save_peft(
         tensors |= expert_tensors(name, layer, whole(layer.lora_a), whole(layer.lora_b))
     for key, slot in slots(linears if each_expert else layers).items():
         tensors[key] = slot.to_peft(whole(slot.parameter))
+    rows = {hub_name(name): layer for name, layer in token_rows(model).items()}
+    if rows:
+        indices = {name.rpartition(".")[2]: list(layer.ids) for name, layer in rows.items()}
+        config["trainable_token_indices"] = indices
+        tensors |= {PREFIX + name + ROWS: whole(layer.lora_rows) for name, layer in rows.items()}
+        log.warning("vLLM cannot serve an adapter with trained token rows: export the merged model for it")
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     metadata = fingerprints(model, fused)
     if not is_main():

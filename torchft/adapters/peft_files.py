@@ -13,6 +13,7 @@ from torchft.weights import open_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"  # whole rows, whatever PEFT calls them
 SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "lora_magnitude": ".lora_magnitude_vector"}
 
 # Fields of adapter_config.json that mean nothing here (layers and ranks are taken from the tensors). Any other field

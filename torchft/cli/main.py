@@ -23,6 +23,7 @@ VERBS = {
     "cp": "copy a recipe or a config, to edit it",
     "cat": "print a config or a recipe",
     "validate": "check a config without running anything",
+    "vocab": "write a checkpoint with new special tokens",
     "preview": "show what a config trains on, token by token",
     "download": "fetch a checkpoint from the Hugging Face Hub",
     "generate": "ask a model: prompts, a file of them, or a chat",

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from torchft.modules.embedding import Embedding
 from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
 from torchft.modules.norms import RMSNorm
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_scale, self.logit_scale, self.logit_soft_cap = embed_scale, logit_scale, logit_soft_cap
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         blocks = [block(config, i) for i in range(config.num_layers)]
         self.layers = nn.ModuleList(blocks)
         self.sights = [b.sight for b in blocks]
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""
-        logits = F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        logits = self.embed_tokens.project(x) if self.lm_head is None else self.lm_head(x)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_soft_cap is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -78,6 +78,18 @@ def load(checkpoint_dir: str | Path, *, chat_format: str | None = None) -> Token
         vocabulary.engine, added, special, files=files, chat=chat, chat_template=template, stop_ids=stop,
         fingerprint=_fingerprint(folder, chat_format, template) if _is_ours(chat) else "",
     )  # fmt: skip
+
+
+def token_ids(checkpoint_dir: str | Path, tokens: Sequence[str]) -> list[int]:
+    """The ids of added tokens by their text. UserError for what is none of the checkpoint's."""
+    tokenizer = load(checkpoint_dir)
+    found = {token: tokenizer.encode(token) for token in tokens}
+    if strange := [token for token, ids in found.items() if len(ids) != 1]:
+        raise UserError(
+            f"trainable_tokens: {strange[0]!r} is {len(found[strange[0]])} tokens of {checkpoint_dir}; "
+            "`tune vocab` makes a checkpoint in which it is one"
+        )
+    return [ids[0] for ids in found.values()]
 
 
 def _is_ours(chat: object) -> bool:
