@@ -100,7 +100,13 @@ def part_of(settings, folder, overrides):
 
 def test_two_ranks_train_as_one_process(moe_settings, tmp_path):
     """Stacked weights are cut between experts, quantised ones too; counts and losses are those of all ranks."""
-    options = ["nf4.targets=[gate_up_proj, down_proj]", "gradient_accumulation_steps=1", "clip_grad_norm=0.5", "routing.balance=0", "max_steps=4"]
+    options = [
+        "nf4.targets=[gate_up_proj, down_proj]",
+        "gradient_accumulation_steps=1",
+        "clip_grad_norm=0.5",
+        "routing.balance=0",
+        "max_steps=4",
+    ]
     alone = run("lora_finetune", moe_settings, tmp_path / "alone", *options, "batch_size=4")
     run_ranks(part_of, 2, moe_settings, tmp_path / "together", [*options, "batch_size=2"])
     together = tmp_path / "together"

@@ -29,6 +29,7 @@ from torchft.adapters.quantised import QuantisedWeight
 from torchft.errors import UserError
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Decoder
+from torchft.modules.delta_net import GatedDeltaNet
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.norms import WholeRMSNorm
 from torchft.token_shards import TokenShards
@@ -48,7 +49,7 @@ class Split:
 def _heads(attention: Attention) -> int:
     if isinstance(attention.q_norm, WholeRMSNorm):
         return 1
-    return math.gcd(attention.q_proj.out_features, attention.k_proj.out_features) // attention.head_dim
+    return math.gcd(attention.o_proj.in_features, attention.k_proj.out_features) // attention.head_dim
 
 
 _ATTENTION = Split(columns=("q_proj", "k_proj", "v_proj", "sinks"), rows=("o_proj",), parts=_heads)
@@ -78,11 +79,13 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
     saved. An MLP then works on each rank's own tokens. With tp 1 there is nothing to split, but with cp ``model`` needs
     to know which tokens it gets. Experts that are split already stay as they are. UserError for what cp cannot do.
     """
-    if tokens.cp > 1 and any(sight.soft_cap for sight in model.sights):
-        raise UserError(
-            "parallel.cp: this model caps attention scores, which no kernel does for a part of a row: use shard or tp",
-            is_shared=True,
-        )
+    if tokens.cp > 1:
+        caps = any(sight.soft_cap for sight in model.sights)
+        states = any(isinstance(module, GatedDeltaNet) for module in model.modules())
+        if caps or states:
+            why = "caps attention scores" if caps else "has layers whose state goes from token to token"
+            ways = "which is not done for a part of a row: use shard or tp"
+            raise UserError(f"parallel.cp: this model {why}, {ways}", is_shared=True)
     model.shards = tokens if tokens.count > 1 else None
     if tokens.tp == 1:
         return

@@ -115,10 +115,13 @@ def refused():
     return problems
 
 
-def test_capped_scores_and_context_parallel_are_refused():
-    model = models.build("gemma2/gemma-2-2b")
-    with pytest.raises(UserError, match=r"parallel.cp: this model caps attention scores"):
-        split_blocks(model, None, TokenShards(cp=2))
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("gemma2/gemma-2-2b", "caps"), ("qwen3_next/Qwen3-Next-80B-A3B-Instruct", "has layers whose state")],
+)
+def test_what_cannot_see_a_part_of_a_row_is_refused(name, why):
+    with pytest.raises(UserError, match=f"parallel.cp: this model {why}"):
+        split_blocks(models.build(name), None, TokenShards(cp=2))
 
 
 def test_parts_that_a_format_cannot_hold_are_refused():
