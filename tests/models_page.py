@@ -1,4 +1,4 @@
-"""Writes docs/models.md from the code, and measures parity: ``PYTHONPATH=. python tests/models_page.py``, half a minute."""
+"""Writes docs/models.md from the code, parity measured: ``PYTHONPATH=. python tests/models_page.py`` (half a minute)."""
 
 import re
 import sys
@@ -32,8 +32,8 @@ configs; a test holds it current. Any other size of a family loads too: its numb
 
 **Parity** is measured in fp32 against transformers with tiny random models of the family's every variant, on documents
 that are longer than windows and old contexts: the largest difference of a logit, and the largest relative L2 distance
-of a parameter's gradient. The suite's bars are 1e-4 and 1e-5. **Chat** says what the released template renders, which is
-what is trained on; `chat_format:` where there is a native one. Recipes are the same for all: full fine-tuning, LoRA,
+of a parameter's gradient. The suite's bars are 1e-4 and 1e-5. **Chat** says what the released template renders, which
+is what is trained on; `chat_format:` where there is a native one. Recipes are the same for all: full fine-tuning, LoRA,
 QLoRA and what else `tune ls` lists; **configs** are those that ship for the sizes that people tune.
 """
 TEMPLATES = {  # of families whose released template trl ships
