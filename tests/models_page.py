@@ -1,4 +1,4 @@
-"""Writes docs/models.md from the code, parity measured: ``PYTHONPATH=. python tests/models_page.py`` (half a minute)."""
+"""Writes docs/models.md from the code, and measures parity: ``PYTHONPATH=. python tests/models_page.py``."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3. From the model cards, without stored copies of config.json."""
+"""OLMo 2, from the model cards; OLMo 3, by what stored notes say of its config.json files."""
 
 
 def _config(family, vocab, layers, dim, hidden, heads, kv_heads, context, **more):

@@ -1,4 +1,4 @@
-"""SmolLM 2 and 3. From the model cards, without stored copies of config.json."""
+"""SmolLM 2, from the model cards; SmolLM 3, checked against a stored copy of its config.json."""
 
 
 def _smollm2(layers, dim, hidden, heads, kv_heads, base):
@@ -9,6 +9,7 @@ def _smollm2(layers, dim, hidden, heads, kv_heads, base):
         "hidden_act": "silu",
         "hidden_size": dim,
         "initializer_range": 0.02,
+        "is_llama_config": True,
         "intermediate_size": hidden,
         "max_position_embeddings": 8192,
         "mlp_bias": False,

@@ -69,7 +69,6 @@ SAID = {
     "use_embedding_sharing": True,
     "use_gated_activation": True,
     "use_parallel_block": True,
-    "use_parallel_embedding": True,
     "use_qk_norm": False,
 }
 
@@ -77,6 +76,7 @@ SAID = {
 def from_hub(json: dict[str, Any]) -> CommandR7BConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Command R7B does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
+    json.get("use_parallel_embedding")  # how it was trained
     for key, value in SAID.items():
         one_of(json, key, value, default=value)
     every = field(json, "sliding_window_pattern", int, default=field(json, "layer_switch", int, default=4))

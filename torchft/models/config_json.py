@@ -14,15 +14,15 @@ T = TypeVar("T", int, float, bool)
 
 # Fields that say nothing about the computation, in config.json files of all ages; and all that begin with "_".
 WITHOUT_EFFECT = {
-    "architectures", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-    "cache_implementation",
-    "decoder_start_token_id", "diversity_penalty", "dtype", "eos_token_id", "ep_size", "forced_bos_token_id",
-    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "keys_to_ignore_at_inference", "label2id",
-    "length_penalty", "max_length", "min_length", "model_type", "name_or_path", "num_beam_groups", "num_beams",
-    "num_return_sequences", "output_router_logits", "pad_token_id", "pretraining_tp", "repetition_penalty",
-    "return_dict", "router_aux_loss_coef", "sep_token_id", "seq_aux",
-    "suppress_tokens", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "torchscript", "transformers_version", "trust_remote_code", "typical_p", "unk_token_id", "unsloth_fixed",
+    "architectures", "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "cache_implementation", "classifier_dropout", "decoder_start_token_id", "diversity_penalty",
+    "dtype", "eos_token_id", "ep_size", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range",
+    "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id", "language", "length_penalty", "license",
+    "max_length", "min_length", "model_max_length", "model_type", "name_or_path", "num_beam_groups", "num_beams",
+    "num_labels", "num_return_sequences", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
+    "repetition_penalty", "return_dict", "router_aux_loss_coef", "sep_token_id", "seq_aux", "suppress_tokens",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "trust_remote_code", "typical_p", "unk_token_id", "unsloth_fixed",
     "unsloth_version", "use_cache", "use_return_dict",
 }  # fmt: skip
 

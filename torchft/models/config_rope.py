@@ -128,7 +128,7 @@ def _yarn(json: Json, section: Json, plain: Json) -> Rope:
     original = field(section, "original_max_position_embeddings", int, default=context)
     factor = field(section, "factor", float, default=context / original)
     scale = yarn_scale(factor)
-    if section.get("mscale") and section.get("mscale_all_dim"):
+    if all([section.get("mscale"), section.get("mscale_all_dim")]):  # both are read
         scale, of_all = (yarn_scale(factor, field(section, key, float)) for key in ("mscale", "mscale_all_dim"))
         scale /= of_all
     return YarnRope(
