@@ -105,11 +105,9 @@ def test_x3_a_rank_that_hangs_is_named_within_the_timeout(words, tmp_path):
     assert code == 1 and "no answer from rank 1 (in step 4)" in last and "rank 0 waited" in last, err
     assert "Traceback" not in err and time.monotonic() - began < 75
     assert rows(tmp_path / "run")[-1]["step"] == 3
-    assert [p.name for p in sorted((tmp_path / "run" / "debug").iterdir())] == [
-        "stacks_rank_00000.txt",
-        "stacks_rank_00001.txt",
-    ]
-    assert "fault.py" in (tmp_path / "run" / "debug" / "stacks_rank_00001.txt").read_text()
+    debug = {path.name: path.read_text() for path in (tmp_path / "run" / "debug").iterdir()}
+    assert "Timed out" in debug["log_rank_00000.txt"] and "stacks_rank_00000.txt" in debug
+    assert "fault.py" in debug["stacks_rank_00001.txt"]
 
 
 def test_x4_a_rank_that_leaves_early_is_named(words, tmp_path):

@@ -16,7 +16,6 @@ A rank's number is ((replicate * shards + shard) * cp + c) * tp + t: neighbours 
 torchrun starts the processes and says in RANK, WORLD_SIZE and LOCAL_RANK which is which.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from torchft.errors import LostContact, UserError
 from torchft.token_shards import TokenShards
 from torchft.training import fault
 from torchft.training.environment import device_name, pick_device
+from torchft.training.rank_log import rank_log
 from torchft.training.watch import Watch, is_lost_contact
 
 # Parameters are gathered in their own dtype, so that a sharded model computes what an unsharded one does; only sums of
@@ -108,7 +108,7 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """All ranks: ``value`` summed over them, without changing it."""
         if self.mesh is not None:
-            value = value.clone()
+            value = value.clone(memory_format=torch.contiguous_format)  # gloo may mix up the others
             dist.all_reduce(value)
         return value
 
@@ -118,7 +118,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     """The process group of this run, until the block ends. UserError if ``config`` does not fit the processes.
 
     A rank that dies or does not answer for ``timeout_s`` ends the block with LostContact on the others. What each rank
-    was doing then, and what NCCL had under way, is written to ``debug_dir``.
+    was doing then, what it warned of, and what NCCL had under way, is written to ``debug_dir``.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     replicate, shard, cp, tp = degrees(config, size)
@@ -131,8 +131,6 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
         raise UserError(f"device: several processes run on CUDA GPUs or CPUs, not on {own.type}", is_shared=True)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if rank:
-        logging.getLogger("torchft").setLevel(logging.ERROR)  # the main rank says what all would say
     if debug_dir is not None:  # https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -163,19 +161,20 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
     )
     watch = Watch(timeout_s=config.timeout_s, debug_dir=debug_dir)
     try:
-        yield World(
-            device=own,
-            rank=rank,
-            size=size,
-            mesh=blocks[axes],
-            root_mesh=root[axes],
-            tp_mesh=blocks["tp"],
-            ep_mesh=experts["ep"] if config.ep > 1 else None,
-            expert_mesh=experts[axes],
-            shards=sharing,
-            tokens=tokens,
-            watch=watch,
-        )
+        with rank_log(debug_dir, rank):
+            yield World(
+                device=own,
+                rank=rank,
+                size=size,
+                mesh=blocks[axes],
+                root_mesh=root[axes],
+                tp_mesh=blocks["tp"],
+                ep_mesh=experts["ep"] if config.ep > 1 else None,
+                expert_mesh=experts[axes],
+                shards=sharing,
+                tokens=tokens,
+                watch=watch,
+            )
     except RuntimeError as e:
         if is_lost_contact(e):
             raise LostContact(watch.report(e)) from e

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 
 from torchft.errors import UserError
 from torchft.files import atomic_write, read_json
-from torchft.ranks import from_main
+from torchft.ranks import from_main, gather
 from torchft.redact import redact, redact_tree
 from torchft.training import checkpoint
 from torchft.training.environment import git_commit, versions
@@ -60,7 +60,16 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(output_dir: Path, config_text: str, **how: Any) -> Iterator[Run]:
-    """All ranks: `opened` by the main rank, and known to all. Same arguments."""
+    """All ranks: `opened` by the main rank, and known to all. Same arguments. UserError if ranks' configs differ."""
+    texts = gather(config_text)
+    if others := [r for r, text in enumerate(texts) if text != texts[0]]:
+        main, other = _dotted(_parsed(texts[0])), _dotted(_parsed(texts[others[0]]))
+        keys = [key for key in {**main, **other} if main.get(key) != other.get(key)]
+        raise UserError(
+            f"rank {others[0]} was started with another config than rank 0: {', '.join(keys[:10])}. Start the same "
+            "command, with the same files, on each node",
+            is_shared=True,
+        )
     with contextlib.ExitStack() as stack:
         yield from_main(lambda: stack.enter_context(opened(output_dir, config_text, **how)))
 

@@ -1,5 +1,6 @@
 """The parallel section, norms of sharded gradients, and errors that all ranks share."""
 
+import logging
 import math
 
 import pytest
@@ -65,6 +66,43 @@ def test_x9_variables_of_torchrun_are_missing(monkeypatch):
         distributed.init(ParallelConfig(), device="cpu"),
     ):
         pass
+
+
+TOKEN = "hf_" + "a1B2" * 9
+
+
+def warn(folder, log):
+    with distributed.init(ParallelConfig(), device="cpu", debug_dir=folder / "debug") as world:
+        log.info("nobody needs this")
+        log.warning("the token is %s", TOKEN)
+        raise ValueError(f"a bug of rank {world.rank}")
+
+
+def warn_and_fail(folder):
+    log = logging.getLogger("torchft.training.somewhere")
+    with pytest.raises(ValueError, match="a bug"):
+        warn(folder, log)
+    log.warning("not part of it")
+
+
+def test_each_rank_writes_down_its_warnings_and_its_stack(tmp_path):
+    run_ranks(warn_and_fail, 2, tmp_path)
+    for r in range(2):
+        text = (tmp_path / "debug" / f"log_rank_{r:05d}.txt").read_text()
+        assert "WARNING torchft.training.somewhere: the token is" in text and TOKEN not in text
+        assert f"ValueError: a bug of rank {r}" in text and "in warn\n" in text
+        assert "nobody needs this" not in text and "not part of it" not in text
+
+
+def sum_of_columns():
+    with distributed.init(ParallelConfig(), device="cpu") as world:
+        strided = (torch.arange(12.0).view(3, 4) * (1 + world.rank)).T[1:]
+        return world.sum(strided).tolist()
+
+
+def test_x11_strided_tensors_are_summed_right():
+    want = (3 * torch.arange(12.0).view(3, 4).T[1:]).tolist()
+    assert run_ranks(sum_of_columns, 2) == [want, want]
 
 
 def model_and_grads():

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_ranks
 
 from torchft.errors import UserError
 from torchft.training.run_folder import changes, open_run, redacted_command
@@ -21,6 +23,20 @@ def start(path, config=CONFIG, recipe="lora_finetune", **options):
 
 def put(run, step=1):
     save(run.path, step, {"model": {"w": torch.ones(2)}}, run_id=run.id)
+
+
+def open_with_another_rate(folder):
+    dist.init_process_group("gloo")
+    config = CONFIG.replace("0.0001", "0.0002") if dist.get_rank() else CONFIG
+    words = r"rank 1 was started .* than rank 0: optimizer\.lr\. Start"
+    with pytest.raises(UserError, match=words) as stop, start(folder, config):
+        pass
+    return stop.value.is_shared
+
+
+def test_x12_another_config_on_one_rank_is_refused(tmp_path):
+    assert run_ranks(open_with_another_rate, 2, tmp_path) == [True, True]
+    assert not list(tmp_path.iterdir())
 
 
 def record(path):
