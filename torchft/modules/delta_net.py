@@ -83,7 +83,8 @@ class GatedDeltaNet(nn.Module):
         v = v.unflatten(-1, (self.num_heads, -1)).float()
         out = delta_rule(q / math.sqrt(self.key_dim), k, v, decay, beta.float().sigmoid(), where)  # [b, t, h, c]
         if cache is not None:
-            out = out[torch.arange(b, device=x.device)[:, None], positions]
+            own = positions.clamp(max=out.shape[1] - 1)  # idle rows may stand further; nobody reads what they give
+            out = out[torch.arange(b, device=x.device)[:, None], own]
         out = self.norm(out.to(x.dtype)) * F.silu(z.float())
         return self.out_proj(out.to(x.dtype).flatten(2))
 
