@@ -70,7 +70,7 @@ from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Dataset = Annotated[
-    Component, Kind("preferences", supplied=("tokenizer", "seq_len"), default="torchft.data.preferences.pairs")
+    Component, Kind("preferences", supplied=("tokenizer", "seq_len"), default="torchft.data.preferences.auto")
 ]
 
 

@@ -13,11 +13,23 @@ from functools import partial
 from torchft.data import judged
 from torchft.data.builder import builder
 from torchft.data.encoders import Encoder
-from torchft.data.messages import Values
+from torchft.data.messages import RowError, Values, missing
 from torchft.data.samples import Samples
 from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.tokenizers.tokenizer import Tokenizer
+
+
+@builder(whole=True, too_long="drop")
+def auto(tokenizer: Tokenizer, example: Values) -> Encoder:
+    """Whichever of the others the first row's columns fit: chosen and rejected, completions and labels, or a label."""
+    if "chosen" in example and "rejected" in example:
+        return partial(judged.pair, tokenizer=tokenizer, margin_column=None)
+    if "completions" in example and "labels" in example:
+        return partial(judged.steps, tokenizer=tokenizer, end=tokenizer.encode("\n", control=False))
+    if "label" in example:
+        return partial(judged.rated, tokenizer=tokenizer)
+    raise RowError(missing(("chosen", "rejected"), example))
 
 
 @builder(whole=True, too_long="drop")

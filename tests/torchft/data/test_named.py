@@ -142,3 +142,26 @@ def test_a_row_of_another_form_is_refused(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [{"chosen": "Hello", "rejected": "x"}])
     with pytest.raises(UserError, match=r"rows.jsonl:1: expected .*Human"):
         named.hh_rlhf(source, tokenizer=Letters(), seq_len=9).samples()
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf", "ultrafeedback", "stack_exchange"])
+def test_pairs_of_the_same_rows(name, tmp_path):
+    """The prompt that both share, then each answer; what is chosen is what the conversation of that name has."""
+    row, messages = ROWS[name]
+    build = registry.resolve(f"torchft.data.named_pairs.{name}")
+    assert registry.kind(f"torchft.data.named_pairs.{name}") == "preferences"
+    source = write_jsonl(tmp_path / "rows.jsonl", [row])
+    tokenizer = Letters()
+    dataset = build(source, tokenizer=tokenizer, seq_len=500, split="train")
+    samples = dataset.samples()
+    chosen, rejected = samples.documents(0)
+    turns = [{"role": role, "content": content} for role, content in messages]
+    assert samples.tokens[chosen].tolist() == tokenizer.render(turns).tokens
+    other = {"hh_rlhf": "Yes.", "ultrafeedback": "B", "stack_exchange": "B"}[name]
+    turns[-1] = {"role": "assistant", "content": other}
+    assert samples.tokens[rejected].tolist() == tokenizer.render(turns).tokens
+    for part, answer in ((chosen, messages[-1][1]), (rejected, other)):
+        learned = [label for label in samples.labels[part] if label != -100]
+        assert tokenizer.decode(learned) == answer
+    pickled = pickle.loads(pickle.dumps(dataset))
+    assert pickled.encoder(row)(row).tokens == samples[0].tokens

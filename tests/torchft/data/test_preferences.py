@@ -6,7 +6,7 @@ from letters import BOS, END, EOS, ROLES, Letters, turns, write_jsonl
 
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
-from torchft.data.preferences import pairs, scored, stepwise, unpaired
+from torchft.data.preferences import auto, pairs, scored, stepwise, unpaired
 from torchft.errors import UserError
 
 USER, ASSISTANT = ROLES["user"], ROLES["assistant"]
@@ -240,3 +240,20 @@ def test_the_fingerprint_sees_borders_and_targets(tmp_path):
     samples.borders[0] += 1
     samples._fingerprint = ""
     assert samples.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("row", "builder"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, pairs),
+        ({"prompt": "Q", "completion": "A", "label": False}, unpaired),
+        ({"prompt": "Q", "completions": ["A", "B"], "labels": [True, False]}, stepwise),
+    ],
+)
+def test_auto_by_the_first_row(tmp_path, row, builder):
+    path = write_jsonl(tmp_path / "auto.jsonl", [row])
+    how = {"tokenizer": Letters(), "seq_len": 99}
+    assert list(auto(path, **how).samples()) == list(builder(path, **how).samples())
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Q", "completion": "A"}])
+    with pytest.raises(UserError, match=r"other.jsonl:1: no column 'chosen', 'rejected'"):
+        auto(other, **how).samples()
