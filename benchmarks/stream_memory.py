@@ -24,33 +24,6 @@ from torchft.data.stream_loader import StreamLoader
 
 FILES = 8
 TEXT = "the of and a to in is you that it he was for on are as with his they at be this have from or one"
-    [
-        "the",
-        "of",
-        "and",
-        "a",
-        "to",
-        "in",
-        "is",
-        "you",
-        "that",
-        "it",
-        "he",
-        "was",
-        "for",
-        "on",
-        "are",
-        "as",
-        "with",
-        "his",
-        "they",
-        "at",
-        "be",
-        "this",
-        "have",
-        "from",
-    ]
-)
 
 
 def main() -> None:
