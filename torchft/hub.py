@@ -45,6 +45,7 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     """
     names = hub_format(model).names
     files, params = open_weights(folder), base_parameters(model)
+    params = {name: p for name, p in params.items() if not (names.fresh and re.search(names.fresh, name))}
     names = _layout(files, names)
     plan: dict[str, list[Piece]] = {}
     for piece in pieces(params, names):

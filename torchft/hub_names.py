@@ -25,6 +25,7 @@ class HubNames:
     transposed: str | None = None  # regex on our names of stacked weights that the Hub holds as [e, in, out]
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors that are left out; {num_layers} stands for it
+    fresh: str | None = None  # regex on our names of parameters that a checkpoint does not hold yet: a new head
     stacked: "HubNames | None" = None  # transformers 5's own layout of the same model: read too, not written
 
     def rename(self, name: str) -> str:

@@ -82,8 +82,13 @@ def rated(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("rated") / "rated.jsonl", rows[:13])
 
 
+@pytest.fixture(scope="session")
+def rewards(dpo_settings):
+    return partial(recipe_runs.train, recipe_runs.load_recipe("reward_modeling"), dpo_settings)
+
+
 @pytest.fixture
-def no_picture(lora, full, dpo, monkeypatch):
+def no_picture(lora, full, dpo, rewards, monkeypatch):
     """Leaves out loss.png, whose 0.2 s at every checkpoint would be most of a test."""
-    for run in (lora, full, dpo):
+    for run in (lora, full, dpo, rewards):
         monkeypatch.setattr(run.args[0], "draw_loss", lambda *args, **kwargs: None)

@@ -3,6 +3,7 @@
 A prompt and an answer are both messages, or both plain text.
 """
 
+from array import array
 from typing import Any
 
 from torchft.data.encoders import plain_ids, start_ids
@@ -18,7 +19,7 @@ from torchft.data.messages import (
     text,
     without_empty,
 )
-from torchft.data.samples import Encoded
+from torchft.data.samples import Encoded, Samples
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -98,6 +99,26 @@ def answered(prompt: Side, answer: Side, *, tokenizer: Tokenizer) -> Encoded:
     except UserError as e:
         raise RowError(str(e)) from None
     return Encoded(rendered.tokens, rendered.train, rendered.num_escaped > 0)
+
+
+def read_at_ends(samples: Samples) -> Samples:
+    """``samples`` whose documents are judged at their last token, which alone has a label, 0. Changed in place."""
+    labels = array("i", [IGNORE]) * len(samples.tokens)
+    for i in range(len(samples)):
+        for document in samples.documents(i):
+            labels[document.stop - 1] = 0
+    samples.labels = labels
+    samples._fingerprint = ""
+    return samples
+
+
+def safe_pad_id(samples: Samples) -> int | None:
+    """What may pad rows of these documents for transformers, which reads the last token that is no padding.
+
+    None if a document ends in the padding token: then it takes one row at a time, and reads the last token.
+    """
+    ends = {samples.tokens[document.stop - 1] for i in range(len(samples)) for document in samples.documents(i)}
+    return None if samples.pad_id in ends else samples.pad_id
 
 
 def split_pair(row: Values, *, has_chat: bool) -> tuple[Side, Side, Side]:

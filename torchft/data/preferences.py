@@ -86,3 +86,12 @@ def check_kind(data: Samples | Stream, *, pairs: bool, why: str) -> None:
     if samples.are_pairs != pairs:
         kind = "pairs" if pairs else "unpaired"
         raise UserError(f"dataset: {why} needs data of another kind: torchft.data.preferences.{kind}", is_shared=True)
+
+
+def check_judged(data: Samples | Stream, builder: str, *, why: str) -> None:
+    """UserError unless ``data`` is as ``builder``, pairs, scored or stepwise, makes it, and ``why`` wants it."""
+    samples = data.probe if isinstance(data, Stream) else data
+    found = "pairs" if samples.are_pairs else "scored" if samples.num_targets else "stepwise"
+    if found != builder:
+        where = f"torchft.data.preferences.{builder}"
+        raise UserError(f"dataset: {why} needs data of another kind: {where}", is_shared=True)
