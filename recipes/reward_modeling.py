@@ -192,7 +192,7 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
     return samples, held_out, summary
 
 
-def judge(config: Config, model: Decoder, batch: Batch) -> dict[str, Tensor]:
+def score_batch(config: Config, model: Decoder, batch: Batch) -> dict[str, Tensor]:
     """What the metrics report of each judged pair, answer or step; ``loss`` is what is trained."""
     assert model.lm_head is not None
     head = partial(scores_at, score=model.lm_head, labels=batch.labels, count=batch.num_supervised)
@@ -214,7 +214,7 @@ def evaluate_scores(config: Config, model: Decoder, loader: Loader, tally: Tally
     """Means over all of ``loader``, of all ranks."""
     model.eval()
     for batch in loader:
-        tally.add(**judge(config, model, batch.to(world.device)))
+        tally.add(**score_batch(config, model, batch.to(world.device)))
     model.train()
     return tally.row(prefix="eval_")
 
@@ -320,7 +320,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
             own_loss = torch.zeros((), device=world.device)
             for batch in window:
-                judged = judge(config, model, batch)
+                judged = score_batch(config, model, batch)
                 micro_loss = judged["loss"].sum() / num_judged  # of the whole window: accumulation changes nothing
                 micro_loss.backward()
                 own_loss += micro_loss.detach()
