@@ -44,12 +44,12 @@ def random_(theirs, std=0.2):
     return theirs.eval()
 
 
-def transformers_model(architectures, **changes):
+def transformers_model(architectures, *, std=0.2, **changes):
     """transformers' model of this architecture, of ``SIZES`` and with random weights."""
     cls = getattr(transformers, architectures[0])
     config = cls.config_class(**(SIZES | changes))
     config._attn_implementation = "eager"
-    return random_(cls(config))
+    return random_(cls(config), std)
 
 
 def llama(*, dtype=torch.float32, std=0.2, **changes):
