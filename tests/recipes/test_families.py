@@ -1,4 +1,4 @@
-"""The recipes on families that differ most from Llama: what they export, transformers and PEFT read and compute alike."""
+"""The recipes on families that differ most from Llama: transformers and PEFT read and compute what they export."""
 
 import peft
 import pytest
