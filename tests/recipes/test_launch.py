@@ -16,6 +16,8 @@ import yaml
 from recipe_runs import rows
 
 from torchft.cli import run
+from torchft.training.checkpoint import damage, steps
+from torchft.training.interrupt import SAME_S
 from torchft.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,22 @@ def test_x7_sigterm_to_the_launcher_saves_and_exits_0(words, tmp_path):
     (step,) = (int(p.name[5:]) for p in (tmp_path / "run").glob("step_*"))
     assert f"Stopped after step {step}" in out and rows(tmp_path / "run")[-1]["step"] == step
     assert statuses(tmp_path / "run") == ["stopped"] and "Traceback" not in err
+
+
+def test_x8_a_second_ctrl_c_ends_at_once_and_the_newest_checkpoint_is_whole(words, tmp_path):
+    endless = [*words, "max_steps=100000", "epochs=100000", "save_every=20"]
+    process = launch("--nproc-per-node=2", *endless, fault="after_shard_write:slow:*:*")  # seconds for each save
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "step_000020").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5 * SAME_S)
+    code, out, err = ended(process, timeout=30)
+    assert code == 130 and "Traceback" not in err and "Stopped after" not in out, (code, out, err)
+    found = steps(tmp_path / "run", json.loads((tmp_path / "run" / "run.json").read_text())["id"])
+    assert found and not any(damage(step) for step in found)
 
 
 def test_x1_a_rank_that_dies_is_named_and_the_same_command_goes_on(words, tmp_path):
