@@ -1,4 +1,4 @@
-"""A real disk of few MB that two ranks fill while they train."""
+"""A real disk of few MB that two ranks fill while they train; memory that does not grow with the steps."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from processes import run_ranks
 from recipe_runs import digests, load_recipe, rows, train
 
 from torchft.training.checkpoint import damage, steps
+from torchft.training.metrics import read_rows
 
 MOUNT = ["mount", "-t", "tmpfs", "-o"]
 
@@ -45,3 +46,11 @@ def test_k5_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(s
     run(disk / "run", options)
     run(tmp_path / "whole", options)
     assert rows(disk / "run") == rows(tmp_path / "whole") and digests(disk / "run") == digests(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_r4_memory_does_not_grow_with_steps_and_saves(settings, tmp_path):
+    options = ["max_steps=500", "epochs=1000", "save_every=20", "batch_size=1", "seq_len=64", "packed=true"]
+    run_ranks(part, 1, settings, tmp_path, options, timeout_s=1000)
+    most = {row["step"]: row["peak_memory_gib"] for row in read_rows(tmp_path / "metrics.jsonl")}
+    assert most[500] - most[100] < 0.02  # GiB; 400 steps that kept one batch's activations each would be 0.5
