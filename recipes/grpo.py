@@ -314,7 +314,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 lengths=[len(episode.tokens) for episode in episodes],
             )
             how = {"pad_id": tokenizer.pad_id, "length": config.seq_len if config.compile else None}
-            make = partial(rows, episodes, advantages=advantages, counts=counts, **how)
+            make = partial(rows, episodes, scores=advantages, counts=counts, **how)
             batches = [[make(numbers).to(world.device) for numbers in part] for part in parts]
             reference = old = None
             if config.kl_coef:
@@ -333,7 +333,7 @@ def train(config: Config, run: Run, world: World) -> None:
                     head = partial(token_logps, labels=batch.labels, temperature=sampling.temperature, entropy=True)
                     logps, entropy = model(batch.tokens, head=head)
                     before = old[k][i] if old else logps.detach()  # of the weights that generated
-                    losses, clipped = grpo(logps, before, batch.advantages, batch.mask, method=method)
+                    losses, clipped = grpo(logps, before, batch.scores, batch.mask, method=method)
                     if config.importance_cap:
                         cap = config.importance_cap
                         losses = losses * truncated_weights(before, batch.sampler_logps, batch.mask, cap=cap)

@@ -27,7 +27,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights", "adapters", "data"},
-    "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub"},
+    "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub", "losses"},
     "rl": FOUNDATION | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters"},
     "cli": FOUNDATION | {"vocabulary", "data", "generation", "modules", "tokenizers", "training"},
 }
@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil", "triton",
     "wandb", "tensorboard", "mlflow",  # extras, imported by the logger that needs them
     "starlette", "uvicorn",  # extra: generation/server.py, cli/serve.py
+    "lm_eval",  # extra: generation/lm_eval_model.py
 }  # fmt: skip
 
 

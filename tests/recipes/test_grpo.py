@@ -53,9 +53,9 @@ def test_a_step_is_transformers_with_the_policy_gradient(grpo, tmp_path, monkeyp
     monkeypatch.setattr(grpo.recipe, "rows", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
     run = grpo(tmp_path / "run", *FULL, "max_steps=1", f"method={method}")
     [batch] = seen
-    assert batch.advantages.abs().max() > 0.05 and batch.mask.any(1).all()
+    assert batch.scores.abs().max() > 0.05 and batch.mask.any(1).all()
     model = hub_model(shipped.config_path("demo/base"))
-    logps, mask, a = hub_logps(model, batch), batch.mask, batch.advantages[:, None]
+    logps, mask, a = hub_logps(model, batch), batch.mask, batch.scores[:, None]
     n, tokens = len(mask), mask.sum(1, keepdim=True)
     terms = {
         "grpo": logps * a / (n * tokens),
@@ -160,7 +160,7 @@ def test_rewards_that_raise_are_left_out_and_counted(grpo, tmp_path, monkeypatch
     run = grpo(tmp_path / "run", f"rollout.rewards=[{{reward: {{_component_: {name}}}}}]")
     for row, batch in zip(rows(run), seen, strict=True):
         failed = int(row["rewards_failed/sometimes"])
-        assert 0 < failed < 16 and batch.mask.any(1).sum() == 16 - failed and torch.isfinite(batch.advantages).all()
+        assert 0 < failed < 16 and batch.mask.any(1).sum() == 16 - failed and torch.isfinite(batch.scores).all()
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and {s["reward"] is None for s in samples} == {True, False}
 

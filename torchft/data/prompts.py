@@ -91,6 +91,8 @@ class PromptLoader:
 
 def _question(values: Values) -> tuple[list[Message], str]:
     """The messages before the last answer, and that answer."""
+    if isinstance(values.get("answer"), int | float):
+        values = {**values, "answer": str(values["answer"])}
     is_prompt_alone = "prompt" in values and not {"completion", "answer", *TURNS} & values.keys()
     messages: list[dict[str, Any]]
     if is_prompt_alone:

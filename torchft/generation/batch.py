@@ -28,11 +28,15 @@ def answers(
     sampling: Sampling,
     num_samples: int = 1,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Reply]]:
-    """``num_samples`` answers to each of ``prompts``, each prompt computed once. ``seed`` decides all of them."""
+    """``num_samples`` answers to each of ``prompts``, each prompt computed once.
+
+    ``seed`` decides them, with each prompt's number: its place, or that in a larger whole by ``numbers``.
+    """
     requests = [
         Request(prompt=prompt, sampling=sampling, seed=(seed << 32) + i * num_samples + j)
-        for i, prompt in enumerate(prompts)
+        for i, prompt in zip(numbers or range(len(prompts)), prompts)
         for j in range(num_samples)
     ]
     replies = [

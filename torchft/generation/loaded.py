@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from torchft import hub, models, tokenizers
+from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import apply_lora
+from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.peft import load_peft, peft_config
 from torchft.generation.engine import Engine
 from torchft.modules.decoder import Decoder
@@ -18,11 +20,20 @@ def load(
     *,
     adapter: Path | None = None,
     chat_format: str | None = None,
+    nf4: NF4Config | None = None,
+    fp8: FP8Config | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device,
 ) -> tuple[Decoder, Tokenizer]:
-    """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer."""
+    """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer.
+
+    ``nf4``, ``fp8``: the weights are kept in that format.
+    """
     model = models.build(models.config_json(checkpoint_dir)).to(dtype)
+    if nf4:
+        apply_nf4(model, nf4)
+    if fp8:
+        apply_fp8(model, fp8, device=device)
     names = hub.hub_format(model).names
     if adapter is not None:
         apply_lora(model, peft_config(model, adapter, hub_name=names.peft_name, fused=names.fused))

@@ -22,7 +22,7 @@ class Rows:
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64; IGNORE where the model chose nothing, all over rows that do not count
     sampler_logps: Tensor  # [b, s] fp32: the engine's, 0 where nothing was chosen
-    advantages: Tensor  # [b] fp32
+    scores: Tensor  # [b] fp32: what each is judged by, its advantage, in PPO its reward
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
 
     @property
@@ -46,12 +46,12 @@ def rows(
     episodes: Sequence[Episode],
     numbers: Sequence[int],
     *,
-    advantages: Tensor,
+    scores: Tensor,
     counts: Sequence[bool],
     pad_id: int,
     length: int | None = None,
 ) -> Rows:
-    """The episodes of ``numbers``, whose ``advantages`` [n] and whether they count are indexed by these numbers.
+    """The episodes of ``numbers``, whose ``scores`` [n] and whether they count are indexed by these numbers.
 
     ``length``: tokens of a row, for compiled blocks, which want one shape; None: as the longest needs.
     """
@@ -69,7 +69,7 @@ def rows(
             logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
     own = torch.tensor(list(numbers))
     where = tuple(episodes[i].prompt.where for i in numbers)
-    return Rows(tokens=tokens, labels=labels, sampler_logps=logps, advantages=advantages[own], where=where)
+    return Rows(tokens=tokens, labels=labels, sampler_logps=logps, scores=scores[own], where=where)
 
 
 def micro_batches(count: int, *, mini_batches: int, batch_size: int, lengths: Sequence[int]) -> list[list[list[int]]]:

@@ -16,7 +16,7 @@ from torchft.rl.scoring import Scores
 from torchft.training.distributed import World
 from torchft.training.metrics import Row
 
-NAMES = ("entropy", "clipped", "kl", "mismatch_kl")  # means per token
+NAMES = ("entropy", "clipped", "kl", "mismatch_kl", "value_error")  # means per token
 SHOWN = 4  # episodes of a step in samples.jsonl
 
 
@@ -30,13 +30,23 @@ class Curves:
 
     @torch.no_grad()
     def add(
-        self, batch: Rows, logps: Tensor, *, entropy: Tensor, clipped: Tensor, before: Tensor, reference: Tensor | None
+        self,
+        batch: Rows,
+        logps: Tensor,
+        *,
+        entropy: Tensor,
+        clipped: Tensor,
+        before: Tensor,
+        reference: Tensor | None,
+        value_error: Tensor | None = None,
     ) -> None:
         """A micro-step; [b, s] each. ``before``: the trainer's log-probabilities with the weights that generated."""
         mask = batch.mask
         values = {"entropy": entropy, "clipped": clipped.float(), "mismatch_kl": kl(batch.sampler_logps, before)}
         if reference is not None:
             values["kl"] = kl(logps, reference)
+        if value_error is not None:
+            values["value_error"] = value_error
         for i, name in enumerate(NAMES):
             if name in values:
                 self._sums[i] += torch.where(mask, values[name], 0.0).sum()

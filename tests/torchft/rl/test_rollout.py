@@ -58,8 +58,8 @@ def test_rows_hold_what_training_computes(demo):
     found = episodes(demo, ['Repeat the word "abc".', 'Spell the word "longer".'])
     counts = [True, True, False, True, True, True]
     advantages = torch.arange(6.0)
-    batch = rows(found, [5, 2, 0], advantages=advantages, counts=counts, pad_id=tokenizer.pad_id)
-    assert batch.tokens.shape[1] % 16 == 0 and batch.advantages.tolist() == [5, 2, 0]
+    batch = rows(found, [5, 2, 0], scores=advantages, counts=counts, pad_id=tokenizer.pad_id)
+    assert batch.tokens.shape[1] % 16 == 0 and batch.scores.tolist() == [5, 2, 0]
     with torch.no_grad():
         logps = model(batch.tokens, head=partial(token_logps, labels=batch.labels, temperature=4.0))
     assert (logps - batch.sampler_logps).abs().max() < 1e-4

@@ -1,0 +1,390 @@
+"""PPO: a policy and, on its trunk, a critic; rewards as functions, a price on the distance to the reference; LoRA.
+
+    tune run ppo --config demo/ppo                                  # the demo: offline, on two CPU cores
+    tune run ppo --config my.yaml checkpoint_dir=Qwen2.5-1.5B-Instruct prompts.source=gsm8k.jsonl kl_coef=0.02
+    python recipes/ppo.py --config my.yaml passes=2 rollout.sampling.max_new_tokens=1024
+
+To change it: `tune cp ppo my_recipe.py`, then `tune run my_recipe.py --config ...`.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from torchft import hub, models, tokenizers
+from torchft.adapters.expert_parallel import split_experts
+from torchft.adapters.fp8 import FP8Config, apply_fp8
+from torchft.adapters.fused import fuse_lora
+from torchft.adapters.lora import LoRAConfig, adapters_off, apply_lora, init_adapters, num_parameters
+from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
+from torchft.adapters.tensor_parallel import split_blocks
+from torchft.cli.run import start
+from torchft.config import Component, Folder, Kind, Range, dump, plain
+from torchft.export import save_trained
+from torchft.losses.likelihood import token_logps
+from torchft.losses.policy import ppo, token_weights, value_loss
+from torchft.modules.decoder import Decoder
+from torchft.ranks import from_main, is_main
+from torchft.redact import redact_tree
+from torchft.rl.batch import Rows, count_totals, countable, micro_batches, rows
+from torchft.rl.collect import RolloutConfig, Rollouts
+from torchft.rl.critic import estimate, judge, make_critic
+from torchft.rl.curves import Curves, rollout_row, write_samples
+from torchft.training import checkpoint, distributed, state
+from torchft.training.compile import compile_blocks, compiled
+from torchft.training.console import Console, Steps, count, first_panel, last_panel
+from torchft.training.disk import check_space
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.guard import Guard, GuardConfig
+from torchft.training.interrupt import Interruptible, Stopped
+from torchft.training.loggers import Loggers
+from torchft.training.meter import Meter, training_flops
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.optim import clip_grad_norm, param_groups
+from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.recompute import plans
+from torchft.training.run_folder import Run, open_run
+from torchft.training.saver import Saver
+from torchft.training.schedules import attach, is_due
+from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.usage import commands
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Prompts = Annotated[Component, Kind("prompts", default="torchft.data.prompts.prompts")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # What is trained, and where it goes
+    checkpoint_dir: Annotated[Path, Folder(exists=True)]  # a Hub folder: family, sizes, tokenizer and chat format
+    output_dir: Annotated[Path, Folder(writable=True)]  # checkpoints, metrics, samples.jsonl, export/
+    export: list[Literal["adapter", "merged"]] = field(default_factory=lambda: ["adapter", "merged"])
+    export_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights in export/
+
+    # Method
+    clip: Annotated[float, Range(above=0)] = 0.2  # of a ratio's distance from 1
+    kl_coef: Annotated[float, Range(min=0)] = 0.02  # of log(policy / reference), taken off every token's reward
+    gamma: Annotated[float, Range(above=0, max=1)] = 1.0  # what a reward is worth a token earlier
+    lam: Annotated[float, Range(min=0, max=1)] = 0.95  # 1: advantages by what came, 0: by what the critic expects next
+    value_coef: Annotated[float, Range(min=0)] = 0.5  # weight of the critic's loss
+    value_clip: Annotated[float, Range(above=0)] | None = 0.2  # how far an update may move a value; null: any
+    passes: Annotated[int, Range(min=1)] = 2  # over the answers of a step
+    mini_batches: Annotated[int, Range(min=1)] = 1  # optimizer steps in a pass
+
+    # Prompts, answers, rewards
+    prompts: Prompts
+    prompts_eval: Prompts | None = None  # held out: answered greedily before and after, and every eval_every steps
+    rollout: RolloutConfig
+    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
+    seq_len: Annotated[int, Range(min=2)] = 2048  # tokens of prompt and answer together
+    batch_size: Annotated[int, Range(min=1)] = 8  # rows per device and micro-step
+    epochs: Annotated[int, Range(min=1)] = 1
+    max_steps: Annotated[int, Range(min=1)] | None = None  # rollouts with their updates, if fewer than the epochs have
+
+    # Model
+    lora: LoRAConfig | None = None  # null: all weights are trained; `lora: {}` trains adapters
+    fp8: FP8Config | None = None  # the frozen base in 8 bits, much faster on GPUs that have them; `fp8: {}`
+    nf4: NF4Config | None = None  # QLoRA: the frozen base in 4 bits; `nf4: {}` is all it needs
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and computation; adapters are fp32
+    device: str = "auto"  # auto takes the accelerator if there is one
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
+    compile: bool = False  # torch.compile each block: faster updates, a slower first one
+    recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
+    # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
+    offload_activations: bool | Annotated[float, Range(min=0, max=1)] = False  # wait in host memory for backward, all
+    # that is kept or a share; auto does it if recomputing more would be slower
+
+    # Optimisation
+    optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
+        "torch.optim.AdamW", {"lr": 1e-6, "weight_decay": 0.0, "fused": True}
+    )
+    lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
+        "torchft.training.schedules.constant", {}
+    )
+    clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what happens when a step is not finite or the loss leaps
+    seed: Annotated[int, Range(min=0, max=2**30)] = 0
+
+    # Reports and checkpoints
+    log_every: Annotated[int, Range(min=1)] = 1  # steps
+    eval_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out reward
+    resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
+        field(default_factory=list)
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if self.nf4 and self.fp8:
+            yield "nf4, fp8: the base has one format; leave one of the sections out"
+        if (self.nf4 or self.fp8) and not self.lora:
+            yield "nf4, fp8: a base in 4 or 8 bits is frozen; add a lora section to train"
+        yield from self.rollout.problems(self.seq_len)
+        if self.parallel.tp * self.parallel.cp * self.parallel.ep > 1:
+            yield "parallel: answers are generated by whole models, so only shard and replicate here"
+        if self.rollout.episodes_per_step % self.mini_batches:
+            yield "mini_batches: they do not divide rollout.prompts_per_step x group_size"
+        if self.eval_every and not self.prompts_eval:
+            yield "eval_every: there is nothing to evaluate; give prompts_eval"
+
+
+def build_model(config: Config, device: torch.device) -> Decoder:
+    model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
+    if config.nf4:
+        apply_nf4(model, config.nf4)
+    if config.fp8:
+        apply_fp8(model, config.fp8, device=device)
+    if config.lora:
+        apply_lora(model, config.lora)
+        fuse_lora(model)
+    return model.train()
+
+
+def load_base(config: Config, model: Decoder, world: World) -> None:
+    """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
+    if world.mesh:
+        for experts in split_experts(model, world.ep_mesh):
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+        split_blocks(model, world.tp_mesh, world.tokens)
+        check_shards(model, world.mesh.size(-1))
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
+    model.to_empty(device=world.device)
+    hub.load_weights(model, config.checkpoint_dir)
+    init_adapters(model)  # the same on all ranks, of which each keeps a part
+    if world.rank:
+        set_seed(config.seed + world.rank)  # from here on ranks drop other values
+
+
+@torch.no_grad()
+def known_logps(model: Decoder, batches: list[list[Rows]], temperature: float) -> list[list[Tensor]]:
+    """Log-probabilities [b, s] of what was chosen in each micro-batch."""
+    return [
+        [model(batch.tokens, head=partial(token_logps, labels=batch.labels, temperature=temperature)) for batch in own]
+        for own in batches
+    ]
+
+
+def main(config: Config) -> None:
+    with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
+        set_seed(config.seed)
+        about = {"recipe": "ppo", "checkpoint_dir": config.checkpoint_dir, "device": str(world)}
+        with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+            train(config, run, world)
+
+
+def train(config: Config, run: Run, world: World) -> None:
+    tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
+    prompts = config.prompts.build()
+    questions = config.prompts_eval.build() if config.prompts_eval else []
+    sampling = config.rollout.sampling
+
+    base = state.base_fingerprint(config.checkpoint_dir)
+    saved = checkpoint.latest(run.path, run.id, base=base)
+    keep = saved.read("plan") if saved else None
+    other = None  # a second model, where the first cannot be its own reference
+    if config.kl_coef and not config.lora:
+        other = build_model(config, world.device).requires_grad_(False)
+        load_base(config, other, world)
+    model = build_model(config, world.device)
+    shape = {"seq_len": config.seq_len, "packed": False, "device": world.device}
+    rows_per_update = config.rollout.episodes_per_step // (world.size * config.mini_batches)
+    found = plans(
+        model,
+        recompute=config.recompute,
+        offload=config.offload_activations,
+        compiled=config.compile,
+        rows=min(config.batch_size, rows_per_update),
+        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
+        accumulation=math.ceil(rows_per_update / config.batch_size),
+        shards=world.shards,
+        keep=keep,
+        **shape,
+    )
+    load_base(config, model, world)
+    critic = make_critic(model.config.dim, device=world.device)
+    if world.mesh:
+        fully_shard(critic, mesh=world.root_mesh, mp_policy=SUM_IN_FP32)
+        sum_gradients(critic)
+    trained_parts = nn.ModuleDict({"policy": model, "critic": critic})
+    optimizer = config.optimizer.build(param_groups(trained_parts))
+    state.check_savable(optimizer)
+    plan = settle(
+        model,
+        found,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(token_logps, labels=labels)).sum(),
+        keep=keep,
+        **shape,
+    )
+    if other is not None and plan.budget is not None:
+        compile_blocks(other, budget=plan.budget)
+
+    rollouts = Rollouts(
+        config.rollout, model, tokenizer, prompts, seq_len=config.seq_len, seed=config.seed, world=world
+    )
+    total_steps = rollouts.num_steps(epochs=config.epochs, max_steps=config.max_steps)
+    updates = config.passes * config.mini_batches  # of a step
+    step = 0
+    if saved:
+        step = saved.number
+        state.load_parameters(saved.open("model"), state.trainable(trained_parts))
+        keep_lr = {"hyperparameters": not run.config_changed}
+        state.load_optimizer(saved.open("optimizer"), trained_parts, optimizer, **keep_lr)
+        rollouts.loader.load_state_dict(saved.read("loader"))
+    schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps * updates), step=step * updates)
+
+    trained, total = num_parameters(model)
+    facts = {
+        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
+        "device": f"{world}, {config.dtype}",
+        "trained": f"{count(trained)} ({trained / total:.2%})" + (f", {config.lora}" if config.lora else ""),
+        "prompts": f"{len(prompts):,}, {len(questions):,} held out",
+        "steps": f"{total_steps} of {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} answers",
+        "activations": plan.reason,
+        "compiled": str(compiled()) if config.compile else "no",
+        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
+        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
+    }
+    console = Console(quiet=not is_main())
+    first_panel(console, "PPO", facts, ())
+    from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))
+
+    metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
+    about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
+    meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=config.seq_len))
+    params = [p for p in trained_parts.parameters() if p.requires_grad]
+    guard = Guard(config.guard)
+    head = partial(judge, temperature=sampling.temperature, critic=critic)
+    row: Row = {}
+    if step == 0 and questions:
+        row = rollouts.held_out(questions)
+        metrics.write({"step": 0, **row})
+        console.print(f"held out, before: {row}")
+    if saved:
+        load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
+
+    with (
+        Steps(console, total_steps, start=step) as progress,
+        out_of_memory_explained(plan),
+        Interruptible() as stop,
+        Saver(run.path, run.id, base=base, keep_last=config.keep_last, own=("rng",)) as saver,
+    ):
+        while step < total_steps:
+            world.begin_step(step)
+            began = time.perf_counter()
+            episodes, scores = rollouts.next()
+            rollout_s = time.perf_counter() - began
+            counts = countable(episodes, scores.total, skip_truncated=False)
+            parts = micro_batches(
+                len(episodes),
+                mini_batches=config.mini_batches,
+                batch_size=plan.rows,
+                lengths=[len(episode.tokens) for episode in episodes],
+            )
+            how = {"pad_id": tokenizer.pad_id, "length": config.seq_len if config.compile else None}
+            make = partial(rows, episodes, scores=scores.total.nan_to_num(), counts=counts, **how)
+            batches = [[make(numbers).to(world.device) for numbers in part] for part in parts]
+            reference = None
+            if config.kl_coef:
+                with adapters_off(other or model):
+                    reference = known_logps(other or model, batches, sampling.temperature)
+            with torch.no_grad():
+                before = [[model(b.tokens, head=partial(head, labels=b.labels)) for b in part] for part in batches]
+            how = {"kl_coef": config.kl_coef, "gamma": config.gamma, "lam": config.lam}
+            estimates = estimate(batches, before, reference, **how, world=world)
+
+            curves = Curves(world)
+            for update in range(updates):
+                k = update % config.mini_batches
+                totals = count_totals(batches[k], max_tokens=sampling.max_new_tokens, world=world)
+                lr = float(optimizer.param_groups[0]["lr"])
+                own_loss = torch.zeros((), device=world.device)
+                for batch, old, known, reward_to_go in zip(
+                    batches[k], before[k], reference[k] if reference else repeat(None), estimates[k]
+                ):
+                    now = model(batch.tokens, head=partial(head, labels=batch.labels))
+                    losses, clipped = ppo(
+                        now.logps, old.logps, reward_to_go.advantages, clip_low=config.clip, clip_high=config.clip
+                    )
+                    errors = value_loss(now.values, old.values, reward_to_go.returns, clip=config.value_clip)
+                    weights = token_weights(batch.mask, "token", totals)
+                    micro_loss = (weights * (losses + config.value_coef * errors)).sum()
+                    micro_loss.backward()
+                    own_loss += micro_loss.detach()
+                    curves.add(
+                        batch,
+                        now.logps.detach(),
+                        entropy=now.entropy.detach(),
+                        clipped=clipped,
+                        before=old.logps,
+                        reference=known,
+                        value_error=(now.values.detach() - reward_to_go.returns).square(),
+                    )
+                loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
+                grad_norm = clip_grad_norm(params, config.clip_grad_norm)
+                found_now = {"loss": loss, "grad_norm": grad_norm}
+                places = [place for batch in batches[k] for place in batch.where]
+                if guard.allows(step + 1, **found_now, model=trained_parts, rows=places, own_loss=own_loss):
+                    optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                meter.add(loss, tokens=sum(b.tokens.numel() for b in batches[k]), supervised=totals.tokens)
+            step += 1
+
+            evaluates = bool(questions) and is_due(step, config.eval_every, total_steps)
+            stops = step < total_steps and bool(asked)  # all ranks alike
+            saves = is_due(step, config.save_every, total_steps) or stops
+            row = {}
+            if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | curves.row() | {"rollout_s": rollout_s}
+                row |= rollout_row(episodes, scores, group_size=config.rollout.group_size)
+                row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
+                write_samples(run.path / "samples.jsonl", step, episodes, scores)
+                if evaluates:
+                    with meter.paused():
+                        row |= rollouts.held_out(questions)
+                metrics.write(row)
+                trackers.log(step, row)
+                progress.update(step, row)
+            if saves:
+                with meter.paused():
+                    tree = {"model": state.trainable(trained_parts)}
+                    tree |= {"optimizer": state.optimizer_tree(trained_parts, optimizer)}
+                    tree |= {"loader": rollouts.loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
+                    saver.save(step, tree, score=-row["eval_reward"] if "eval_reward" in row else None)
+                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
+            if stops:
+                saver.wait()
+                ended = f"Stopped after step {step}; the same command goes on from there"
+                last_panel(console, ended, {"output": str(run.path)}, {})
+                raise Stopped
+    metrics.close()
+    trackers.close()
+
+    export, adapter = run.path / "export", "adapter" in config.export and config.lora is not None
+    whole = "merged" in config.export or not config.lora
+    source = {"checkpoint_dir": config.checkpoint_dir, "tokenizer": tokenizer}
+    save_trained(model, export, **source, dtype=DTYPES[config.export_dtype], whole=whole, adapter=adapter)
+    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
+    where |= {"samples": f"{run.path / 'samples.jsonl'}"} | {n: f"{v:.3f}" for n, v in row.items() if "eval_" in n}
+    folders = {"model": export if whole else None, "adapter": export / "adapter" if adapter else None}
+    question = questions[0].messages[-1]["content"] if questions else "Hello!"
+    last_panel(console, "Done", where, commands(**folders, base=config.checkpoint_dir, question=question))
+
+
+if __name__ == "__main__":
+    start(main, Config, recipe="ppo")

@@ -1,0 +1,79 @@
+"""Multiple choice: which of some written answers a model finds likeliest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from torchft.config import Range
+from torchft.errors import UserError
+from torchft.losses.likelihood import IGNORE, token_logps
+from torchft.modules.decoder import Decoder, Project
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceConfig:
+    """The ``multiple_choice:`` section of a config: rows with a prompt, "choices", and an "answer" (text or number)."""
+
+    source: str  # as a dataset's source
+    max_rows: Annotated[int, Range(min=1)] | None = None
+    normalise: Literal["none", "tokens", "bytes"] = "bytes"  # a choice's log-probability is divided by its length
+    batch_size: Annotated[int, Range(min=1)] = 32  # choices computed together
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # blocks compiled for training would compile again for every length
+def continuation_logps(
+    model: Decoder, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int
+) -> list[tuple[float, bool]]:
+    """Of each (context, continuation) in tokens: the continuation's log-probability, nats, and whether greedy decoding
+    would say it. A context has at least one token."""
+    device = model.embed_tokens.weight.device
+    found: list[tuple[float, bool]] = []
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))  # the longest fit, or none
+    for start in range(0, len(order), batch_size):
+        batch = [pairs[i] for i in order[start : start + batch_size]]
+        longest = max(len(a) + len(b) for a, b in batch)
+        tokens, labels = torch.zeros(len(batch), longest, dtype=torch.long), torch.full((len(batch), longest), IGNORE)
+        for row, (a, b) in enumerate(batch):
+            tokens[row, : len(a) + len(b)] = torch.tensor([*a, *b])
+            labels[row, len(a) - 1 : len(a) + len(b) - 1] = torch.tensor(b)
+        sums, greedy = model(tokens.to(device), head=partial(_sums, labels=labels.to(device))).tolist()
+        found += [(total, bool(is_greedy)) for total, is_greedy in zip(sums, greedy)]
+    back = {place: i for i, place in enumerate(order)}
+    return [found[back[i]] for i in range(len(pairs))]
+
+
+def right_choice(answer: object, choices: Sequence[str], where: str) -> int:
+    """The place of ``answer`` among ``choices``: its number from 0, its letter, or its text."""
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return answer
+    text = str(answer).strip()
+    if text in choices:
+        return list(choices).index(text)
+    if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < len(choices):
+        return ord(text.upper()) - ord("A")
+    if text.isdigit() and int(text) < len(choices):
+        return int(text)
+    raise UserError(
+        f"{where}: the answer {answer!r} is none of the {len(choices)} choices, nor a number or letter of one"
+    )
+
+
+def pick(logps: Sequence[float], choices: Sequence[str], num_tokens: Sequence[int], normalise: str) -> int:
+    """The likeliest choice, by log-probability per token, byte or choice."""
+    lengths = {"none": [1] * len(choices), "tokens": num_tokens, "bytes": [len(c.encode()) for c in choices]}[normalise]
+    scores = [logp / max(length, 1) for logp, length in zip(logps, lengths)]
+    return scores.index(max(scores))
+
+
+def _sums(hidden: Tensor, project: Project, *, labels: Tensor) -> Tensor:
+    """[2, b]: the sum of each row's log-probabilities, and whether all its labels are the likeliest tokens."""
+    sums = token_logps(hidden, project, labels=labels).sum(-1)
+    chosen = (labels != IGNORE).flatten().nonzero().squeeze(1)
+    is_best = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
+    is_best[chosen] = project(hidden.flatten(0, 1)[chosen]).argmax(-1) == labels.flatten()[chosen]
+    return torch.stack((sums, is_best.view(labels.shape).all(-1).float()))
