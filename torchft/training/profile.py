@@ -2,6 +2,7 @@
 https://pytorch.org/memory_viz.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from torchft.config import Range
 from torchft.ranks import is_main, rank
+from torchft.training.communication import communication
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ class ProfileConfig:
 def profiled(config: ProfileConfig | None, folder: Path) -> Iterator[Callable[[], None]]:
     """Gives a function to call after each step; without ``config`` it does nothing.
 
-    After the last profiled step ``folder`` holds ``trace_rank_00000.json.gz`` and ``memory_rank_00000.pickle``.
+    After the last profiled step ``folder`` holds ``trace_rank_00000.json.gz``, ``memory_rank_00000.pickle``, and, of
+    several GPUs, ``communication_rank_00000.json``.
     """
     if config is None or not (is_main() or config.all_ranks):
         yield lambda: None
@@ -48,6 +51,9 @@ def profiled(config: ProfileConfig | None, folder: Path) -> Iterator[Callable[[]
         if takes_memory:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory_{name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
+        if (share := communication(profiler)) is not None:
+            (folder / f"communication_{name}.json").write_text(json.dumps(share._asdict()) + "\n")
+            log.info("communication: %.1f%% of the time, %.1f%% not behind computation", *(100 * s for s in share))
         log.info("profiled steps %d to %d of this session: %s", config.first_step, last, folder)
 
     last = config.first_step + config.steps - 1
