@@ -60,6 +60,15 @@ def test_text_model_is_loaded_and_exported_alone(tmp_path, case, names):
         torch.testing.assert_close(again(batch).logits, want, atol=1e-4, rtol=1e-4)
 
 
+def test_the_wholes_word_on_tied_embeddings_counts():
+    text = {k: v for k, v in (SIZES | CASES["mistral"]).items() if k != "architectures"} | {"model_type": "mistral"}
+    whole = {"architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True}
+    theirs = transformers.Mistral3Config(text_config=text | {"tie_word_embeddings": False}, tie_word_embeddings=True)
+    assert theirs.tie_word_embeddings  # which is what its lm_head follows
+    model = models.build(whole | {"text_config": text | {"tie_word_embeddings": False}})
+    assert model.lm_head is None
+
+
 def test_a_text_model_that_we_have_not():
     json = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral4"}}
     with pytest.raises(UserError, match="model_type 'mistral4'; torchft trains mistral, ministral3"):
