@@ -223,7 +223,10 @@ def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> 
         if "adapter" in config.export:
             base = str(config.checkpoint_dir.resolve())
             names = hub.hub_format(model).names
-            save_peft(model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused)
+            save_peft(
+                model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused,
+                swaps=names.peft_swaps,
+            )  # fmt: skip
             save_tokenizer(tokenizer, new / "adapter")
 
 

@@ -35,5 +35,8 @@ def save_trained(
             save_tokenizer(tokenizer, new)
         if adapter:
             base, names = str(checkpoint_dir.resolve()), hub.hub_format(model).names
-            save_peft(model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused)
+            save_peft(
+                model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused,
+                swaps=names.peft_swaps,
+            )  # fmt: skip
             save_tokenizer(tokenizer, new / "adapter")

@@ -35,12 +35,12 @@ Value = TypeVar("Value")
 
 def save_peft(
     model: nn.Module, folder: Path, *, hub_name: HubName, base_model_name_or_path: str, each_expert: bool = False,
-    fused: Fused = NONE,
+    fused: Fused = NONE, swaps: bool = False,
 ) -> None:  # fmt: skip
     """Write ``model``'s adapters to ``folder``, whole or not at all; an existing one is replaced. All ranks call it.
 
     ``fused``: which of our layers are one on the Hub (``HubNames.fused``). ``each_expert``: those of stacked experts as
-    one per expert, for vLLM, instead of PEFT's target_parameters.
+    one per expert, for vLLM, instead of PEFT's target_parameters. ``swaps``: ``HubNames.peft_swaps``.
     """
     layers = {hub_name(name): layer for name, layer in joined(model, lora_layers(model), fused).items()}
     stacked = {name: layer for name, layer in layers.items() if isinstance(layer, StackedLoRA)}
@@ -79,7 +79,7 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     for name, layer in stacked.items() if each_expert else ():
         tensors |= expert_tensors(name, layer, whole(layer.lora_a), whole(layer.lora_b))
-    for key, slot in slots(linears if each_expert else layers).items():
+    for key, slot in slots(linears if each_expert else layers, swaps=swaps).items():
         tensors[key] = slot.to_peft(whole(slot.parameter))
     rows = {hub_name(name): layer for name, layer in token_rows(model).items()}
     if rows:
@@ -127,7 +127,13 @@ def peft_config(model: nn.Module, folder: Path, *, hub_name: HubName, fused: Fus
 
 @torch.no_grad()
 def load_peft(
-    model: nn.Module, folder: Path, *, hub_name: HubName, check_base: bool = True, fused: Fused = NONE
+    model: nn.Module,
+    folder: Path,
+    *,
+    hub_name: HubName,
+    check_base: bool = True,
+    fused: Fused = NONE,
+    swaps: bool = False,
 ) -> None:
     """Copy the adapters of a PEFT ``folder`` into those that ``apply_lora`` gave ``model``; load its weights before.
 
@@ -136,7 +142,7 @@ def load_peft(
     """
     adapter = split(open_adapter(folder), model, fused, hub_name)
     layers = {hub_name(name): layer for name, layer in lora_layers(model).items()}
-    places = slots(layers)
+    places = slots(layers, swaps=swaps)
     tensors = {key: adapter.file.get_tensor(key) for key in adapter.file.keys()}  # noqa: SIM118 (not a dict)
     problems = []
     if missing := [key for key in places if key not in tensors]:

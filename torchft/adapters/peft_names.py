@@ -2,7 +2,8 @@
 
 A linear layer's A and B are weights of two linear layers beside it. For the stacked parameters of a module of experts
 (``target_parameters``) PEFT wraps the module once per parameter, so that the last one has the module's own name and
-those before it ``.base_layer``; A is [e * rank, in], B [out, rank * e] with the experts innermost.
+those before it ``.base_layer``; A is [e * rank, in], B [out, rank * e] with the experts innermost. Where transformers
+holds [e, in, out] and does not say so (Llama 4), PEFT ``swaps`` in and out: its B has our A, its A our B.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ class Slot:
 
     parameter: nn.Parameter
     kind: Kind = "as it is"
+    swaps: bool = False
 
     @property
     def shape(self) -> list[int]:
@@ -35,30 +37,36 @@ class Slot:
 
     def to_peft(self, values: Tensor) -> Tensor:
         """``values`` of the whole parameter as PEFT has them."""
-        if self.kind == "stacked a":
-            return values.flatten(0, 1)
-        return values.permute(1, 2, 0).flatten(1) if self.kind == "stacked b" else values
+        if self.kind == "as it is":
+            return values
+        values = values.mT if self.swaps else values
+        return values.flatten(0, 1) if self.kind == "stacked a" else values.permute(1, 2, 0).flatten(1)
 
     def from_peft(self, tensor: Tensor) -> Tensor:
-        if self.kind == "stacked a":
-            return tensor.view(self.parameter.shape)
         if self.kind == "as it is":
             return tensor
-        num_experts, out, rank = self.parameter.shape
-        return tensor.view(out, rank, num_experts).permute(2, 0, 1)
+        num_experts, *matrix = self.parameter.shape
+        rows, columns = reversed(matrix) if self.swaps else matrix
+        if self.kind == "stacked a":
+            tensor = tensor.view(num_experts, rows, columns)
+        else:
+            tensor = tensor.view(rows, columns, num_experts).permute(2, 0, 1)
+        return tensor.mT if self.swaps else tensor
 
 
-def slots(layers: Mapping[str, Layer]) -> dict[str, Slot]:
+def slots(layers: Mapping[str, Layer], *, swaps: bool = False) -> dict[str, Slot]:
     """For adapted layers by their Hub names: PEFT's tensor names and what is in them."""
     paths = wrapped([name for name, layer in layers.items() if isinstance(layer, StackedLoRA)])
     found = {}
     for name, layer in layers.items():
         for child, parameter in layer.named_parameters(recurse=False):
             if child in SUFFIXES:
-                kind: Kind = "as it is"
-                if isinstance(layer, StackedLoRA):
-                    kind = "stacked a" if child == "lora_a" else "stacked b"
-                found[PREFIX + paths.get(name, name) + SUFFIXES[child]] = Slot(parameter, kind)
+                if not isinstance(layer, StackedLoRA):
+                    found[PREFIX + name + SUFFIXES[child]] = Slot(parameter)
+                    continue
+                place = "lora_b" if swaps == (child == "lora_a") else "lora_a"
+                kind: Kind = "stacked a" if place == "lora_a" else "stacked b"
+                found[PREFIX + paths[name] + SUFFIXES[place]] = Slot(parameter, kind, swaps)
     return found
 
 

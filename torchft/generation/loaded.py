@@ -41,7 +41,7 @@ def load(
     model.to_empty(device=device)
     hub.load_weights(model, checkpoint_dir)
     if adapter is not None:
-        load_peft(model, adapter, hub_name=names.peft_name, fused=names.fused)
+        load_peft(model, adapter, hub_name=names.peft_name, fused=names.fused, swaps=names.peft_swaps)
     return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
 
 

@@ -61,6 +61,7 @@ HUB = HubNames(
     llama3.HUB.renamed
     | {r"\.mlp\b": ".feed_forward", r"\.shared\b": ".shared_expert", r"(\.experts\.\w+)\.weight$": r"\1"},
     transposed=r"\.experts\.\w+\.weight$",
+    peft_swaps=True,
 )
 
 

@@ -20,7 +20,7 @@ from torchft.errors import UserError
 from torchft.hub import base_parameters, load_weights
 from torchft.modules.grouped import StackedLinear
 
-FAMILIES = {name: experts.CASES[name] for name in ("mixtral", "qwen3_moe")}
+FAMILIES = {name: experts.CASES[name] for name in ("mixtral", "qwen3_moe", "gpt_oss", "llama4_no_norm")}
 EXPERTS = ["gate_up_proj", "down_proj"]
 BATCH = tokens(length=40)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -37,8 +37,12 @@ def hub_name(model):
     return model.hub_format.names.peft_name
 
 
+def how(model):
+    return {"hub_name": hub_name(model), "swaps": model.hub_format.names.peft_swaps}
+
+
 def peft_model(family, targets, **options):
-    parameters = [f"mlp.experts.{target}" for target in targets]
+    parameters = [f"{'feed_forward' if 'llama4' in family else 'mlp'}.experts.{target}" for target in targets]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=7, target_modules=["q_proj"], target_parameters=parameters, **options
     )
@@ -55,7 +59,7 @@ def ours_of(base, folder, prepare=lambda model: None):
     model = models.load(base, dtype=torch.float32)
     prepare(model)
     apply_lora(model, peft_config(model, folder, hub_name=hub_name(model)))
-    load_peft(model, folder, hub_name=hub_name(model))
+    load_peft(model, folder, **how(model))
     return model
 
 
@@ -102,9 +106,10 @@ def test_we_compute_what_peft_does(base, tmp_path, family, targets):
 @each_target
 def test_peft_computes_what_we_do(base, tmp_path, family, targets):
     model = trained(base, ["q_proj", *targets])
-    save_peft(model, tmp_path / "adapter", hub_name=hub_name(model), base_model_name_or_path="a/b")
+    save_peft(model, tmp_path / "adapter", base_model_name_or_path="a/b", **how(model))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], sorted(targets))
+    assert set(config["target_modules"]) - {"down_proj"} == {"q_proj"}  # Llama 4's shared expert has a down_proj, too
+    assert config["target_parameters"] == sorted(targets)
     theirs = peft.PeftModel.from_pretrained(transformers_model(**FAMILIES[family]), tmp_path / "adapter")
     assert violations({"logits": (model(BATCH), theirs(BATCH).logits)}) == {}
     again = ours_of(base, tmp_path / "adapter")
@@ -252,7 +257,7 @@ def test_all_linear_takes_experts_and_leaves_the_router(base, family):
 @pytest.mark.parametrize("family", ["qwen3_moe"])
 def test_ranks_and_alphas_by_pattern_round_trip(base, tmp_path, family):
     model = trained(base, rank_pattern={"down_proj": 2, r"layers\.0\..*gate_up_proj": 6}, alpha_pattern={"q_proj": 3.0})
-    save_peft(model, tmp_path / "adapter", hub_name=hub_name(model), base_model_name_or_path="a/b")
+    save_peft(model, tmp_path / "adapter", base_model_name_or_path="a/b", **how(model))
     again = ours_of(base, tmp_path / "adapter")
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     theirs = peft.PeftModel.from_pretrained(transformers_model(**FAMILIES[family]), tmp_path / "adapter")
