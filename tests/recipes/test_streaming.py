@@ -4,7 +4,18 @@ import json
 
 import pytest
 from letters import write_jsonl
-from recipe_runs import conversations, digests, interrupted, rows
+from processes import run_ranks
+from recipe_runs import (
+    conversations,
+    digests,
+    interrupted,
+    largest_difference,
+    load_recipe,
+    losses,
+    rows,
+    train,
+    weights,
+)
 
 from torchft.errors import UserError
 
@@ -34,6 +45,22 @@ def test_a_stream_resumes_bit_for_bit(recipe, request, options, tmp_path, monkey
     parts = run(tmp_path / "parts", *options)
     assert rows(parts) == rows(whole) and len(rows(whole)) == 7
     assert digests(parts) == digests(whole)
+
+
+def part(settings, output_dir, overrides):
+    train(load_recipe("lora_finetune"), settings, output_dir, *overrides)
+
+
+def test_two_ranks_share_a_stream_and_train_rows_of_the_vocabulary(lora, settings, options, tmp_path, no_picture):
+    """The losses and weights of one process with the same global batch, of which each rank takes its rows."""
+    options = [*options, *STREAMING, "gradient_accumulation_steps=1", "trainable_tokens=['<|eot_id|>']"]
+    alone = lora(tmp_path / "alone", *options, "batch_size=4")
+    run_ranks(part, 2, settings, tmp_path / "together", [*options, "batch_size=2"])
+    ours = tmp_path / "together"
+    assert (losses(ours) - losses(alone)).abs().max() <= 1e-5 and len(losses(ours)) == 7
+    assert [row["supervised_tokens"] for row in rows(ours)] == [row["supervised_tokens"] for row in rows(alone)]
+    assert "embed_tokens.lora_rows" in weights(ours)
+    assert largest_difference(weights(ours), weights(alone)) < 1e-4
 
 
 def test_a_mixture_with_epochs_resumes_bit_for_bit(lora, options, tmp_path, monkeypatch, no_picture):
