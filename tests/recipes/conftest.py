@@ -1,6 +1,7 @@
 """A tiny Llama 3 with a real tokenizer, data for it, and the recipes as modules."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -87,8 +88,30 @@ def rewards(dpo_settings):
     return partial(recipe_runs.train, recipe_runs.load_recipe("reward_modeling"), dpo_settings)
 
 
+@pytest.fixture(scope="session")
+def kd_settings(tmp_path_factory, settings, teacher):
+    """As ``settings``, with a teacher."""
+    path = tmp_path_factory.mktemp("settings") / "kd.yaml"
+    path.write_text(json.dumps(json.loads(settings.read_text()) | {"teacher_dir": str(teacher)}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory, base):
+    """As ``base``, with other weights, wider, and an embedding with some more padding."""
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    shutil.copytree(base, folder)
+    tiny.checkpoint(folder, **SIZES | {"hidden_size": 192, "vocab_size": 1280, "num_hidden_layers": 3, "std": 0.07})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def distill(kd_settings):
+    return partial(recipe_runs.train, recipe_runs.load_recipe("knowledge_distillation"), kd_settings)
+
+
 @pytest.fixture
-def no_picture(lora, full, dpo, rewards, monkeypatch):
+def no_picture(lora, full, dpo, rewards, distill, monkeypatch):
     """Leaves out loss.png, whose 0.2 s at every checkpoint would be most of a test."""
-    for run in (lora, full, dpo, rewards):
+    for run in (lora, full, dpo, rewards, distill):
         monkeypatch.setattr(run.args[0], "draw_loss", lambda *args, **kwargs: None)

@@ -44,7 +44,7 @@ class NLLSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, *of_params = (None if g is None else _scaled(g, upstream) for g in ctx.saved_tensors)
+        of_hidden, *of_params = (None if g is None else scaled(g, upstream) for g in ctx.saved_tensors)
         return of_hidden, None, None, *of_params
 
 
@@ -75,7 +75,7 @@ class Logps(torch.autograd.Function):
         if grad_logp is None:
             grad_logp = torch.zeros(y.shape, device=y.device)
         if grad_entropy is None and of_hidden is not None:
-            return _scaled(of_hidden, grad_logp), None, None
+            return scaled(of_hidden, grad_logp), None, None
         upstream, wanted = (grad_logp, grad_entropy), ctx.needs_input_grad[0]
         with torch.random.fork_rng([h.device] if h.is_cuda else []):
             _set_rng_state(h.device, ctx.rng)  # a dropout in the head draws forward's masks again
@@ -164,7 +164,7 @@ def _joined(rows: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | 
     return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
 
 
-def _scaled(grad: Tensor, by: Tensor) -> Tensor:
+def scaled(grad: Tensor, by: Tensor) -> Tensor:
     """``grad`` [t, ...] times ``by`` fp32, [t] or a scalar, in the dtype of ``grad``.
 
     The product is fp32: a scalar would be cast to bf16 first, and its rounding change the length of all the gradient.

@@ -1,0 +1,388 @@
+"""Knowledge distillation: a student learns a larger model's whole distribution of each next token; LoRA if wanted.
+
+    tune run knowledge_distillation --config demo/distill          # the demo: offline, on two CPU cores
+    tune run knowledge_distillation --config my.yaml teacher_dir=Llama-3.1-8B-Instruct dataset.source=my.jsonl
+    python recipes/knowledge_distillation.py --config my.yaml temperature=2 kd_weight=0.5
+
+To change it: `tune cp knowledge_distillation my_recipe.py`, then `tune run my_recipe.py --config ...`.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+from torchft import hub, models, tokenizers
+from torchft.adapters.expert_parallel import split_experts
+from torchft.adapters.fp8 import FP8Config, apply_fp8
+from torchft.adapters.fused import fuse_lora
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
+from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
+from torchft.adapters.tensor_parallel import split_blocks
+from torchft.cli.run import start
+from torchft.config import Component, Folder, Kind, Range, dump, plain
+from torchft.data.batch import Batch
+from torchft.data.loader import Loader
+from torchft.data.mixture import mix
+from torchft.data.prefetch import Prefetch
+from torchft.data.preview import masked_tokens
+from torchft.data.samples import Samples
+from torchft.data.stream import Stream, StreamConfig, gather
+from torchft.data.stream_loader import open_loader
+from torchft.data.summary import Summary, summarise
+from torchft.export import save_trained
+from torchft.losses.chunked import Project
+from torchft.losses.distill import chosen, distill_sum
+from torchft.losses.likelihood import nll_sum
+from torchft.models.shallow import build_shallow
+from torchft.modules.decoder import Decoder
+from torchft.ranks import from_main, is_main, main_first
+from torchft.redact import redact_tree
+from torchft.tokenizers.compare import check_same_tokens
+from torchft.tokenizers.tokenizer import Tokenizer
+from torchft.training import checkpoint, distributed, state
+from torchft.training.compile import compile_blocks
+from torchft.training.console import Console, Steps, first_panel, last_panel
+from torchft.training.disk import check_space
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.facts import run_facts
+from torchft.training.guard import Guard, GuardConfig
+from torchft.training.interrupt import Interruptible, Stopped
+from torchft.training.loggers import Loggers
+from torchft.training.meter import Meter, training_flops
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.optim import clip_grad_norm, param_groups
+from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.profile import ProfileConfig, profiled
+from torchft.training.recompute import plans
+from torchft.training.run_folder import Run, open_run
+from torchft.training.saver import Saver
+from torchft.training.schedules import attach, is_due
+from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.usage import commands
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"), default="torchft.data.datasets.auto")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # What is trained, and where it goes
+    checkpoint_dir: Annotated[Path, Folder(exists=True)]  # the student, a Hub folder
+    num_layers: Annotated[int, Range(min=1)] | None = None  # keep only its first so many blocks; null: all
+    teacher_dir: Annotated[Path, Folder(exists=True)]  # a Hub folder with the same tokenizer
+    output_dir: Annotated[Path, Folder(writable=True)]  # checkpoints, metrics, export/
+    export: list[Literal["adapter", "merged"]] = field(default_factory=lambda: ["adapter", "merged"])
+    export_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights in export/
+
+    # Method
+    divergence: Annotated[Component, Kind("divergence", offered=("student_logps", "teacher_logps"))] = Component(
+        "torchft.losses.distill.forward_kl"
+    )
+    temperature: Annotated[float, Range(above=0)] = 1.0  # of both distributions; above 1 unlikely words count for more
+    kd_weight: Annotated[float, Range(min=0, max=1)] = 1.0  # of the divergence; the rest is of the data's own tokens
+
+    # Data
+    dataset: Dataset | None = None
+    datasets: list[Dataset] = field(default_factory=list)  # or several, each with a weight and a stage if wanted
+    streaming: StreamConfig | None = None  # read and tokenise while training, for large data; `streaming: {}`
+    chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
+    dataset_eval: Dataset | None = None  # held out: measured before, every eval_every steps, and after
+    seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; longer samples are cut
+    packed: bool = False  # several samples per row: no padding, same gradients
+    batch_size: Annotated[int, Range(min=1)] = 2  # rows per device and micro-step
+    gradient_accumulation_steps: Annotated[int, Range(min=1)] = 1  # micro-steps per optimizer step
+    epochs: Annotated[int, Range(min=1)] = 1
+    max_steps: Annotated[int, Range(min=1)] | None = None  # optimizer steps, if fewer than the epochs have
+
+    # Model
+    lora: LoRAConfig | None = None  # null: all weights are trained; `lora: {}` trains adapters
+    fp8: FP8Config | None = None  # the frozen base in 8 bits, much faster on GPUs that have them; `fp8: {}`
+    nf4: NF4Config | None = None  # QLoRA: the frozen base in 4 bits; `nf4: {}` is all it needs
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and computation; adapters are fp32
+    device: str = "auto"  # auto takes the accelerator if there is one
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
+    compile: bool = False  # torch.compile each block: faster steps, a slower first one
+    recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
+    # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
+    offload_activations: bool | Annotated[float, Range(min=0, max=1)] = False  # wait in host memory for backward, all
+    # that is kept or a share; auto does it if recomputing more would be slower
+
+    # Optimisation
+    optimizer: Annotated[Component, Kind("optimizer", supplied=("params",))] = Component(
+        "torch.optim.AdamW", {"lr": 2e-5, "weight_decay": 0.0, "fused": True}
+    )
+    lr_schedule: Annotated[Component, Kind("lr_schedule", supplied=("total_steps",))] = Component(
+        "torchft.training.schedules.cosine", {"warmup_share": 0.1}
+    )
+    clip_grad_norm: Annotated[float, Range(above=0)] | None = 1.0  # total 2-norm; null: no clipping
+    guard: GuardConfig = field(default_factory=GuardConfig)  # what happens when a step is not finite or the loss leaps
+    seed: Annotated[int, Range(min=0)] = 0
+
+    # Reports and checkpoints
+    log_every: Annotated[int, Range(min=1)] = 1  # steps
+    eval_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
+    keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out loss
+    resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    profile: ProfileConfig | None = None  # what the devices do in a few steps, as files; `profile: {}`
+    metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
+        field(default_factory=list)
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        if bool(self.dataset) == bool(self.datasets):
+            yield "dataset: give one data set here, or several in datasets"
+        if self.streaming and not self.max_steps:
+            yield "streaming: a stream has no end; say in max_steps after how many optimizer steps to stop"
+        if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
+            yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
+        if self.parallel.tp * self.parallel.cp > 1:
+            yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
+        if self.eval_every and not self.dataset_eval:
+            yield "eval_every: there is nothing to evaluate; give dataset_eval"
+        if not self.export:
+            yield "export: nothing would be left of the run; name adapter, merged or both"
+
+
+def build_model(config: Config, device: torch.device) -> Decoder:
+    json = models.config_json(config.checkpoint_dir)
+    model = (
+        build_shallow(json, config.num_layers) if config.num_layers else models.build(json)
+    )  # on meta: no memory yet
+    model = model.to(DTYPES[config.dtype])
+    if config.nf4:
+        apply_nf4(model, config.nf4)
+    if config.fp8:
+        apply_fp8(model, config.fp8, device=device)
+    if config.lora:
+        apply_lora(model, config.lora)
+        fuse_lora(model)
+    return model.train()
+
+
+def load_base(config: Config, model: Decoder, world: World) -> None:
+    """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
+    if world.mesh:
+        for experts in split_experts(model, world.ep_mesh):
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+        split_blocks(model, world.tp_mesh, world.tokens)
+        check_shards(model, world.mesh.size(-1))
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        sum_gradients(model)
+    model.to_empty(device=world.device)
+    hub.load_weights(model, config.checkpoint_dir)
+    init_adapters(model)  # the same on all ranks, of which each keeps a part
+    if world.rank:
+        set_seed(config.seed + world.rank)  # from here on ranks drop other values
+
+
+def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, Samples | None, Summary]:
+    """What to train on, what is held out, and what the training data holds. Refuses data that cannot train."""
+    vocab_size = models.sizes(config.checkpoint_dir).vocab_size
+    nodes = config.datasets or [node for node in (config.dataset,) if node]
+    built = [node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes]
+    samples = gather(built, streaming=config.streaming)
+    summary = summarise(samples)
+    summary.check(vocab_size=vocab_size, batch_size=config.batch_size)
+    if config.dataset_eval is None:
+        return samples, None, summary
+    held_out = mix([config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)])
+    summarise(held_out).check(vocab_size=vocab_size, batch_size=1)
+    return samples, held_out, summary
+
+
+def distilled(config: Config, model: Decoder, teacher: Decoder, batch: Batch, vocab_size: int, weight: float) -> Tensor:
+    """Sum over the supervised tokens of ``weight`` x divergence + the rest x NLL, nats. The method.
+
+    The student runs within the teacher's forward: only there is the teacher's output weight gathered on every rank, and
+    each model projects the same few tokens at a time, so that neither's logits ever all exist.
+    """
+    inputs = {"positions": batch.positions, "documents": batch.documents}
+    about = {"labels": batch.labels, "num_supervised": batch.num_supervised, "vocab_size": vocab_size}
+    about |= {"divergence": config.divergence.build, "temperature": config.temperature, "kd_weight": weight}
+    learns = torch.is_grad_enabled()
+
+    def with_teacher(hidden: Tensor, project: Project) -> Tensor:
+        known = chosen(hidden, labels=batch.labels, count=batch.num_supervised)  # [t, d]
+        with torch.set_grad_enabled(learns):
+            head = partial(distill_sum, teacher=lambda rows: project(known[rows]), **about)
+            return model(batch.tokens, **inputs, head=head)
+
+    with torch.no_grad():
+        return teacher(batch.tokens, **inputs, head=with_teacher)
+
+
+@torch.no_grad()
+def evaluate_both(
+    config: Config, model: Decoder, teacher: Decoder, loader: Loader, vocab_size: int, world: World
+) -> Row:
+    """Means over the supervised tokens of all of ``loader``, of all ranks: the data's NLL, and the divergence."""
+    model.eval()
+    sums, supervised = torch.zeros(2, device=world.device, dtype=torch.float64), 0
+    for batch in loader:
+        batch = batch.to(world.device)
+        sums += torch.stack([distilled(config, model, teacher, batch, vocab_size, weight) for weight in (0.0, 1.0)])
+        supervised += batch.all_supervised
+    model.train()
+    nll, divergence = (world.sum(sums) / supervised).tolist()
+    return {"eval_loss": nll, "eval_divergence": divergence}
+
+
+def main(config: Config) -> None:
+    with distributed.init(config.parallel, device=config.device, debug_dir=config.output_dir / "debug") as world:
+        set_seed(config.seed)
+        about = {"recipe": "knowledge_distillation", "checkpoint_dir": config.checkpoint_dir, "device": str(world)}
+        with open_run(config.output_dir, dump(config), resume=config.resume, **about) as run:
+            train(config, run, world)
+
+
+def train(config: Config, run: Run, world: World) -> None:
+    tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
+    with main_first():  # the others find its tokens in the cache
+        samples, held_out, summary = build_data(config, tokenizer)
+    check_same_tokens(tokenizer, tokenizers.load(config.teacher_dir, chat_format=config.chat_format))
+
+    base = state.base_fingerprint(config.checkpoint_dir)
+    saved = checkpoint.latest(run.path, run.id, base=base)
+    keep = saved.read("plan") if saved else None
+    frozen = replace(config, checkpoint_dir=config.teacher_dir, num_layers=None, lora=None, nf4=None, fp8=None)
+    teacher = build_model(frozen, world.device).requires_grad_(False).eval()
+    load_base(frozen, teacher, world)
+    model = build_model(config, world.device)
+    vocab_size = min(model.config.vocab_size, teacher.config.vocab_size)
+    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    found = plans(
+        model,
+        recompute=config.recompute,
+        offload=config.offload_activations,
+        compiled=config.compile,
+        rows=config.batch_size,
+        optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
+        accumulation=config.gradient_accumulation_steps,
+        shards=world.shards,
+        keep=keep,
+        **shape,
+    )
+    load_base(config, model, world)
+    optimizer = config.optimizer.build(param_groups(model))
+    state.check_savable(optimizer)
+    plan = settle(
+        model,
+        found,
+        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
+        keep=keep,
+        **shape,
+    )
+    if plan.budget is not None:
+        compile_blocks(teacher, budget=plan.budget)
+
+    one_shape = config.compile or config.parallel.ep > 1
+    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
+    micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
+    eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
+    total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
+    step = saved.number if saved else 0
+    if saved:
+        state.load_parameters(saved.open("model"), state.trainable(model))
+        state.load_optimizer(saved.open("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        loader.load_state_dict(saved.read("loader"))
+    schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
+
+    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
+    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    facts = {"teacher": f"{config.teacher_dir}, {config.divergence.name.rpartition('.')[2]}", "data": str(summary)}
+    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
+    console = Console(quiet=not is_main())
+    first_panel(console, "Knowledge distillation", facts, masked_tokens(loader.samples[0], tokenizer))
+    from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))
+
+    metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)
+    about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
+    trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
+    meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
+    params = [p for p in model.parameters() if p.requires_grad]
+    guard = Guard(config.guard)
+    if eval_loader and step == 0:
+        metrics.write({"step": 0, **evaluate_both(config, model, teacher, eval_loader, vocab_size, world)})
+    if saved:
+        load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
+
+    with (
+        Steps(console, total_steps, start=step) as progress,
+        closing(loader),
+        out_of_memory_explained(plan),
+        Interruptible() as stop,
+        Saver(run.path, run.id, base=base, keep_last=config.keep_last, own=("rng",)) as saver,
+        profiled(config.profile, run.path / "profile") as end_of_step,
+    ):
+        while step < total_steps:
+            window = loader.take(micro_steps)  # fewer where an epoch ends
+            supervised = sum(batch.all_supervised for batch in window)  # of all ranks
+            world.begin_step(step)
+            lr = float(optimizer.param_groups[0]["lr"])
+
+            own_loss = torch.zeros((), device=world.device)
+            for batch in window:
+                total = distilled(config, model, teacher, batch, vocab_size, config.kd_weight)
+                micro_loss = total / supervised  # of the whole window: accumulation does not change the gradient
+                micro_loss.backward()
+                own_loss += micro_loss.detach()
+            loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
+            grad_norm = clip_grad_norm(params, config.clip_grad_norm)
+            rows = [place for batch in window for place in batch.where]
+            if guard.allows(step + 1, loss=loss, grad_norm=grad_norm, model=model, rows=rows, own_loss=own_loss):
+                optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            end_of_step()
+            meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
+            row: Row = {}
+            evaluates = is_due(step, config.eval_every, total_steps)
+            stops = step < total_steps and bool(asked)  # all ranks alike
+            saves = is_due(step, config.save_every, total_steps) or stops
+            if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
+                row = meter.row(step, lr=lr, grad_norm=grad_norm)
+                row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
+                with meter.paused():
+                    if evaluates and eval_loader:
+                        row |= evaluate_both(config, model, teacher, eval_loader, vocab_size, world)
+                metrics.write(row)
+                trackers.log(step, row)
+                progress.update(step, row)
+            if saves:
+                with meter.paused():
+                    parts = {"model": state.trainable(model), "optimizer": state.optimizer_tree(model, optimizer)}
+                    parts |= {"loader": loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
+                    saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
+                    draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
+            if stops:
+                saver.wait()
+                ended = f"Stopped after step {step}; the same command goes on from there"
+                last_panel(console, ended, {"output": str(run.path)}, {})
+                raise Stopped
+    metrics.close()
+    trackers.close()
+    export, source = run.path / "export", {"checkpoint_dir": config.checkpoint_dir, "tokenizer": tokenizer}
+    whole, adapter = "merged" in config.export or not config.lora, bool("adapter" in config.export and config.lora)
+    save_trained(model, export, **source, dtype=DTYPES[config.export_dtype], whole=whole, adapter=adapter)
+    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
+    folders = {"model": export if whole else None, "adapter": export / "adapter" if adapter else None}
+    last_panel(console, "Done", where, commands(**folders, base=config.checkpoint_dir, question="Hello!"))
+
+
+if __name__ == "__main__":
+    start(main, Config, recipe="knowledge_distillation")

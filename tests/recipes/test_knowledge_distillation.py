@@ -1,0 +1,137 @@
+"""Distillation from end to end: against transformers step by step, packed, resumed, on ranks, and the demo in short."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from processes import run_ranks
+from recipe_runs import (
+    conversations,
+    digests,
+    hub_batch,
+    hub_model,
+    interrupted,
+    largest_difference,
+    load_recipe,
+    losses,
+    rows,
+    train,
+    weights,
+)
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from torchft import models, shipped
+from torchft.errors import UserError
+from torchft.models.shallow import build_shallow
+from torchft.training.metrics import read_rows
+
+SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.1}"
+CONSTANT = "lr_schedule={_component_: torchft.training.schedules.constant}"
+EPOCH = ["batch_size=13", "gradient_accumulation_steps=1", SGD, CONSTANT]
+REVERSE = "divergence={_component_: torchft.losses.distill.reverse_kl}"
+LORA = "lora={rank: 4, alpha: 24}"
+
+
+@pytest.mark.parametrize(("divergence", "weight"), [("forward_kl", 1.0), ("reverse_kl", 0.4)])
+def test_training_is_transformers_with_kl_div(distill, base, teacher, tmp_path, no_picture, divergence, weight):
+    options = [f"divergence._component_=torchft.losses.distill.{divergence}", f"kd_weight={weight}", "temperature=2.0"]
+    run = distill(tmp_path / "run", *EPOCH, *options, "epochs=3", "clip_grad_norm=0.5")
+    batch = hub_batch(base, conversations(13))
+    student, other = hub_model(base), hub_model(teacher)
+    mask, y = batch["labels"][:, 1:] != -100, batch["labels"][:, 1:]
+
+    def logits(model):
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return out[:, :-1][mask][:, :1216]  # words that both have
+
+    with torch.no_grad():
+        t = (logits(other) / 2).log_softmax(-1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for row in rows(run):
+        words = logits(student)
+        s = (words / 2).log_softmax(-1)
+        pair = (s, t) if divergence == "forward_kl" else (t, s)
+        kd = F.kl_div(*pair, log_target=True, reduction="sum") / mask.sum()
+        loss = weight * kd + (1 - weight) * F.cross_entropy(words, y[mask])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    theirs = dict(student.named_parameters())
+    assert largest_difference(load_file(run / "export" / "model.safetensors"), theirs) < 1e-5
+    assert losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize("options", [[REVERSE], [LORA, "kd_weight=0.5"]], ids=["full", "lora"])
+def test_packed_rows_train_what_padded_ones_do(distill, tmp_path, no_picture, options):
+    padded, packed = (distill(tmp_path / p, *EPOCH, *options, f"packed={p}") for p in ("false", "true"))
+    assert (losses(packed) - losses(padded)).abs().max() < 1e-5 and losses(packed)[1] < losses(packed)[0]
+    assert largest_difference(weights(packed), weights(padded)) < 1e-6
+
+
+def test_resume_is_bit_exact(distill, tmp_path, monkeypatch, no_picture):
+    options = [LORA, "packed=true", "batch_size=1", "save_every=1", "nf4={}"]
+    whole = distill(tmp_path / "whole", *options)
+    for step in (1, 3):
+        with interrupted(monkeypatch, step):
+            distill(tmp_path / "parts", *options)
+    parts = distill(tmp_path / "parts", *options)
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+def part(settings, output_dir, overrides):
+    train(load_recipe("knowledge_distillation"), settings, output_dir, *overrides)
+
+
+def test_two_ranks_are_one_process(distill, kd_settings, data, tmp_path, no_picture):
+    """Both models sharded; the last step of an epoch leaves the second rank without a row."""
+    options = ["epochs=2", "gradient_accumulation_steps=1", SGD, CONSTANT, "kd_weight=0.7"]
+    options += [f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {data}}}"]
+    alone = distill(tmp_path / "alone", *options, "batch_size=4")
+    run_ranks(part, 2, kd_settings, tmp_path / "together", [*options, "batch_size=2"])
+    assert len(losses(alone)) == 8
+    assert (losses(tmp_path / "together") - losses(alone)).abs().max() < 1e-5
+    ours, want = (read_rows(tmp_path / r / "metrics.jsonl") for r in ("together", "alone"))
+    for row, other in zip(ours, want, strict=True):
+        for key in ("grad_norm", "eval_loss", "eval_divergence"):
+            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4)
+    assert largest_difference(weights(tmp_path / "together"), weights(alone)) < 1e-5
+
+
+def test_the_first_blocks_as_a_student(base, distill, tmp_path, no_picture):
+    run = distill(tmp_path / "run", "num_layers=1", "max_steps=1", "optimizer.lr=1e-30")
+    model = hub_model(run / "export")
+    assert model.config.num_hidden_layers == 1
+    whole = load_file(base / "model.safetensors")
+    for name, weight in load_file(run / "export" / "model.safetensors").items():
+        assert torch.equal(weight, whole[name]), name
+    with pytest.raises(UserError, match=r"num_layers: 3 of 2 blocks"):
+        build_shallow(models.config_json(base), 3)
+
+
+def test_a_teacher_of_other_tokens_is_refused(distill, teacher, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    text = (folder / "tokenizer.json").read_text()
+    tokenizer = json.loads(text)
+    vocab = tokenizer["model"]["vocab"]
+    one, other = list(vocab)[300:302]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"teacher_dir: its tokenizer (is another one: token \d+ is|cuts)"):
+        distill(tmp_path / "run", f"teacher_dir={folder}")
+
+
+def test_the_demo_in_short(tmp_path):
+    """Half of the blocks come nearer to the teacher than by the same steps on the data alone."""
+    short = ["max_steps=12", "log_every=12", "dataset_eval.max_rows=40", "batch_size=2"]
+    recipe, config, ends = load_recipe("knowledge_distillation"), shipped.find_config("demo/distill"), {}
+    for weight in (1.0, 0.0):
+        run = train(recipe, config, tmp_path / str(weight), *short, f"kd_weight={weight}")
+        before, ends[weight] = read_rows(run / "metrics.jsonl")
+    assert ends[1.0]["eval_divergence"] < 0.7 * before["eval_divergence"]
+    assert ends[1.0]["eval_divergence"] < 0.95 * ends[0.0]["eval_divergence"]
