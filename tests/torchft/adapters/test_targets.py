@@ -1,9 +1,12 @@
 """Which layers a pattern picks, and what the user is told when it picks none."""
 
 import pytest
+from families import dense
+from tiny import SIZES
 from torch import nn
 
-from torchft.adapters.targets import by_pattern, find_linears
+from torchft import models
+from torchft.adapters.targets import ALL_LINEAR, by_pattern, find_linears
 from torchft.errors import UserError
 
 ATTENTION = ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]
@@ -75,3 +78,17 @@ def test_by_pattern_takes_the_first_match():
     assert by_pattern(ATTENTION, {"q_proj": 2}, default=9, key="k") == dict(zip(ATTENTION, [2, 9]))
     with pytest.raises(UserError, match=r"lora\.rank_pattern: 'up_proj' matches no linear"):
         by_pattern(ATTENTION, {"up_proj": 3}, default=9, key="lora.rank_pattern")
+
+
+@pytest.mark.parametrize("case", dense.CASES)
+def test_short_names_mean_the_same_in_every_dense_family(case):
+    """Also where the Hub has fused them; Gemma 4's layers whose keys are the values have no v_proj."""
+    model = models.build(SIZES | dense.CASES[case])
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    found = {name: list(find_linears(model, [name], key="lora.targets")) for name in names}
+    num_layers = len(model.layers)
+    assert {name: len(linears) for name, linears in found.items()} == dict.fromkeys(names, num_layers) | (
+        {"v_proj": num_layers - 1} if case == "gemma4" else {}
+    )
+    picked_one_by_one = [name for linears in found.values() for name in linears]
+    assert sorted(picked_one_by_one) == sorted(find_linears(model, ALL_LINEAR, key="lora.targets"))
