@@ -326,6 +326,7 @@ def train(config: Config, run: Run, world: World) -> None:
     if eval_loader and step == 0:
         metrics.write({"step": 0, **evaluate_answers(config, model, eval_reference, eval_loader, world)})
     if saved:
+        guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     with (
@@ -379,6 +380,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 with meter.paused():
                     parts = {"model": state.trainable(model), "optimizer": state.optimizer_tree(model, optimizer)}
                     parts |= {"loader": loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
+                    parts["guard"] = guard.state_dict()
                     saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

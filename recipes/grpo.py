@@ -288,6 +288,7 @@ def train(config: Config, run: Run, world: World) -> None:
         metrics.write({"step": 0, **row})
         console.print(f"held out, before: {row}")
     if saved:
+        guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     with (
@@ -375,6 +376,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 with meter.paused():
                     tree = {"model": state.trainable(model), "optimizer": state.optimizer_tree(model, optimizer)}
                     tree |= {"loader": rollouts.loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
+                    tree["guard"] = guard.state_dict()
                     saver.save(step, tree, score=-row["eval_reward"] if "eval_reward" in row else None)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:
