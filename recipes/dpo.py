@@ -31,7 +31,7 @@ from torchft.data.batch import Batch
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.preferences import check_kind
-from torchft.data.prefetch import Prefetch
+from torchft.data.prefetch import Prefetch, one_epoch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
@@ -231,8 +231,7 @@ def evaluate_answers(config: Config, model: Decoder, reference: Reference, loade
     """Loss, rewards and wins over all of ``loader``, of all ranks."""
     model.eval()
     rewards, kto = Rewards(world), {"samples": loader.samples, "world": world, "packed": config.packed}
-    for batch in loader:
-        batch = batch.to(world.device)
+    for batch in one_epoch(loader, world.device):
         kl = kl_estimate(model, reference, [batch], **kto) if config.loss.takes("kl") else None
         rewards.add(*judge(config, model, reference, batch, kl), batch.is_good)
     model.train()

@@ -31,7 +31,7 @@ from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
-from torchft.data.prefetch import Prefetch
+from torchft.data.prefetch import Prefetch, one_epoch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
@@ -203,8 +203,7 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
     """Mean negative log-likelihood, nats per supervised token, over all of ``loader``, of all ranks."""
     model.eval()
     total, supervised = torch.zeros((), device=world.device, dtype=torch.float64), 0
-    for batch in loader:
-        batch = batch.to(world.device)
+    for batch in one_epoch(loader, world.device):
         head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
         total += model(batch.tokens, batch.positions, documents=batch.documents, head=head)
         supervised += batch.all_supervised

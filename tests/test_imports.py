@@ -32,7 +32,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "cli": FOUNDATION | {"vocabulary", "data", "generation", "modules", "tokenizers", "training"},
 }
 THIRD_PARTY = {
-    "torch", "torchao", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",
+    "torch", "torchao", "torchdata", "safetensors", "huggingface_hub", "tiktoken", "sentencepiece", "omegaconf", "yaml",
     "jinja2", "datasets", "rich", "matplotlib", "pyarrow", "psutil", "triton",
     "wandb", "tensorboard", "mlflow",  # extras, imported by the logger that needs them
     "starlette", "uvicorn",  # extra: generation/server.py, cli/serve.py

@@ -1,7 +1,8 @@
 """Batches made ahead on a thread of their own, pinned, and queued for the device before they are needed.
 
-Not torchdata.nodes (Prefetcher, PinMemory): they start two threads anew in every epoch, so that nothing is ready when
-one begins, and their state is a snapshot with a count of batches to replay, which a plain Loader could not load.
+Evaluation's are made by torchdata.nodes (`one_epoch`), training's are not: there threads start anew in every epoch, so
+that nothing is ready when one begins, and the state is a snapshot with a count of batches to replay, which a plain Loader
+could not load.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torchdata import nodes
 
 from torchft.data.batch import Batch
 from torchft.data.loader import Loader
@@ -106,3 +108,12 @@ class Prefetch:
             if not future.cancelled():
                 future.exception()
         self._pending.clear()
+
+
+def one_epoch(loader: Loader, device: torch.device | str) -> Iterator[Batch]:
+    """What is left of the epoch, on ``device``, made ahead and pinned: for evaluation, which is not resumed."""
+    node = nodes.IterableWrapper(loader)
+    if torch.device(device).type == "cuda":
+        node = nodes.Mapper(node, Batch.pin)
+    for batch in nodes.Loader(nodes.Prefetcher(node, prefetch_factor=2)):
+        yield batch.to(device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchft.data.loader import Loader
-from torchft.data.prefetch import Prefetch
+from torchft.data.prefetch import Prefetch, one_epoch
 from torchft.data.samples import Samples, shift
 from torchft.errors import UserError
 
@@ -144,6 +144,15 @@ def test_batches_are_made_while_the_consumer_works(monkeypatch):
     began = time.perf_counter()
     ahead.take(1), ahead.take(1)
     assert time.perf_counter() - began < 0.02
+
+
+def test_one_epoch_is_the_loaders_again_and_again():
+    ahead, plain = loader(shuffle=False), loader(shuffle=False)
+    for epoch in range(2):
+        made, want = list(one_epoch(ahead, "cpu")), list(plain)
+        assert ahead.epoch == plain.epoch == epoch + 1 and len(made) > 1
+        for a, b in zip(made, want, strict=True):
+            same(a, b)
 
 
 def test_an_abandoned_loop_leaves_no_thread():
