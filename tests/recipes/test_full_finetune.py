@@ -109,7 +109,7 @@ def test_k28_a_checkpoint_with_its_own_template(full, base, tmp_path, no_picture
     sizes = {"vocab_size": 1203, "tie_word_embeddings": True, "std": 0.1, "eos_token_id": end}
     tiny.checkpoint(mine, dtype=torch.bfloat16, **sizes)
     exam = write_jsonl(tmp_path / "exam.jsonl", EXAM)
-    options = [f"exact_match.source={exam}", "exact_match.max_new_tokens=24", "epochs=15", "optimizer.lr=1e-2"]
+    options = [f"exact_match.source={exam}", "exact_match.max_new_tokens=24", "epochs=25", "optimizer.lr=1e-2"]
     full(run, f"checkpoint_dir={mine}", *options, "save_every=1000", "seq_len=256", "batch_size=4")
     folder = run / "export"
     assert {p.name for p in folder.iterdir()} == {p.name for p in mine.iterdir()}

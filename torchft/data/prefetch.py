@@ -1,8 +1,8 @@
 """Batches made ahead on a thread of their own, pinned, and queued for the device before they are needed.
 
 Evaluation's are made by torchdata.nodes (`one_epoch`), training's are not: there threads start anew in every epoch, so
-that nothing is ready when one begins, and the state is a snapshot with a count of batches to replay, which a plain Loader
-could not load.
+that nothing is ready when one begins, and the state is a snapshot with a count of batches to replay, which a plain
+Loader could not load.
 """
 
 from collections import deque
