@@ -24,6 +24,7 @@ from torchft.config import Component, Folder, Kind, Range
 from torchft.data.conversations import conversations
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
+from torchft.data.prefetch import one_epoch
 from torchft.data.prompts import prompts
 from torchft.errors import UserError
 from torchft.files import atomic_write
@@ -77,8 +78,7 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
     """Mean negative log-likelihood, nats per supervised token, over all of ``loader``, of all ranks."""
     model.eval()
     total, supervised = torch.zeros((), device=world.device, dtype=torch.float64), 0
-    for batch in loader:
-        batch = batch.to(world.device)
+    for batch in one_epoch(loader, world.device):
         head = partial(nll_sum, labels=batch.labels, num_supervised=batch.num_supervised)
         total += model(batch.tokens, batch.positions, documents=batch.documents, head=head)
         supervised += batch.all_supervised

@@ -34,7 +34,7 @@ from torchft.data.judged import read_at_ends, safe_pad_id
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.preferences import check_judged
-from torchft.data.prefetch import Prefetch
+from torchft.data.prefetch import Prefetch, one_epoch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
@@ -213,8 +213,8 @@ def score_batch(config: Config, model: Decoder, batch: Batch) -> dict[str, Tenso
 def evaluate_scores(config: Config, model: Decoder, loader: Loader, tally: Tally, world: World) -> Row:
     """Means over all of ``loader``, of all ranks."""
     model.eval()
-    for batch in loader:
-        tally.add(**score_batch(config, model, batch.to(world.device)))
+    for batch in one_epoch(loader, world.device):
+        tally.add(**score_batch(config, model, batch))
     model.train()
     return tally.row(prefix="eval_")
 
