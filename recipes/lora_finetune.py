@@ -21,9 +21,8 @@ from torchft import hub, models, tokenizers
 from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
-from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, merged_tensor, num_parameters
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
-from torchft.adapters.peft import save_peft
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.adapters.token_rows import apply_token_rows
 from torchft.cli.run import start
@@ -37,12 +36,12 @@ from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
 from torchft.data.stream_loader import open_loader
 from torchft.data.summary import Summary, summarise
+from torchft.export import save_trained
 from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
-from torchft.ranks import from_main, is_main, main_first, new_folder
+from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
-from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed
 from torchft.training.compile import compiled
@@ -213,20 +212,15 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
 
 def save(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """A Hub folder with the adapters merged in; in its ``adapter/`` the adapters alone, for PEFT and vLLM."""
-    with new_folder(folder) as new:
-        if "merged" in config.export:
-            dtype = DTYPES[config.export_dtype]
-            hub.save(model, new, dtype=dtype, read=partial(merged_tensor, model, dtype=dtype))  # merged in fp32
-            hub.save_side_files(config.checkpoint_dir, new, stop_ids=tokenizer.stop_ids)
-            save_tokenizer(tokenizer, new)
-        if "adapter" in config.export:
-            base = str(config.checkpoint_dir.resolve())
-            names = hub.hub_format(model).names
-            save_peft(
-                model, new / "adapter", hub_name=names.peft_name, base_model_name_or_path=base, fused=names.fused,
-                swaps=names.peft_swaps,
-            )  # fmt: skip
-            save_tokenizer(tokenizer, new / "adapter")
+    save_trained(
+        model,
+        folder,
+        checkpoint_dir=config.checkpoint_dir,
+        tokenizer=tokenizer,
+        dtype=DTYPES[config.export_dtype],
+        whole="merged" in config.export,
+        adapter="adapter" in config.export,
+    )
 
 
 def main(config: Config) -> None:
