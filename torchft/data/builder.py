@@ -14,6 +14,7 @@ from torchft.data import cache
 from torchft.data import filters as filters_of
 from torchft.data.collect import collect
 from torchft.data.encoders import Encoder
+from torchft.data.extents import streamed
 from torchft.data.messages import EmptyError, FilteredError, RowError, Values, rename
 from torchft.data.samples import Limits, Policy, Samples
 from torchft.data.sources import Row, Source, capped, rows
@@ -78,13 +79,13 @@ class Dataset:
             deduplicate=read.deduplicate,
         )
 
-    def rows(self) -> Iterator[Row]:
-        """Every row as it is in the data."""
-        return rows(self.source)
+    def rows(self, *, streaming: bool = False) -> Iterator[Row]:
+        """Every row as it is in the data; ``streaming``: of a Hub name none before it is asked for."""
+        return streamed(self.source) if streaming else rows(self.source)
 
-    def example(self) -> Values:
+    def example(self, *, streaming: bool = False) -> Values:
         """The first row that says which format the data has."""
-        for row in self.rows():
+        for row in self.rows(streaming=streaming):
             try:
                 self.encoder(row.values)
             except (EmptyError, FilteredError):

@@ -47,6 +47,12 @@ def extents(source: Source) -> list[Extent]:
     return found
 
 
+def streamed(source: Source) -> Iterator[Row]:
+    """Every row in the order of the data, read as they are asked for: nothing of the Hub is downloaded whole."""
+    for extent in extents(source):
+        yield from rows_of(source, extent, skip=0)
+
+
 def fingerprint(source: Source) -> list[Any]:
     """What tells a change of the data without reading it all: names, sizes and both ends of files; a Hub revision."""
     found: list[Any] = [str(source), source.split, source.subset, source.revision, source.max_rows]

@@ -17,6 +17,7 @@ from torchft.data.extents import fingerprint
 from torchft.data.messages import Values
 from torchft.data.mixture import check_weights, mix, part_of
 from torchft.data.samples import Samples
+from torchft.errors import UserError
 
 PROBE_ROWS = 500  # of each data set, tokenised at the start to see what the stream holds
 
@@ -58,10 +59,16 @@ def gather(datasets: Sequence[Dataset], *, streaming: StreamConfig | None) -> Sa
     if streaming is None:
         return mix(datasets)
     check_weights(datasets)
-    examples = [dataset.example() for dataset in datasets]
+    for dataset in datasets:
+        if dataset.reading.deduplicate:
+            raise UserError(
+                f"{dataset.name}: deduplicate would have to remember every row of a stream; remove the duplicates from "
+                "the files first, or leave streaming out"
+            )
+    examples = [dataset.example(streaming=True) for dataset in datasets]
     probe = Samples(seq_len=datasets[0].seq_len, pad_id=datasets[0].tokenizer.pad_id)
     for dataset, example in zip(datasets, examples):
-        rows = islice(dataset.rows(), PROBE_ROWS)
+        rows = islice(dataset.rows(streaming=True), PROBE_ROWS)
         first = collect(rows, dataset.encoder(example), dataset.limits, pad_id=probe.pad_id)
         probe.extend(first, part_of(dataset, len(probe), len(probe) + len(first)))
     return Stream(datasets=list(datasets), examples=examples, probe=probe, config=streaming)

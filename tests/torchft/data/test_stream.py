@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from itertools import pairwise
 
+import datasets as hub
 import pytest
 import torch
 from letters import Letters, turns, write_jsonl
@@ -272,3 +273,31 @@ def test_pairs_are_streamed_whole_with_their_targets(tmp_path, packed):
             seen += 1
         assert batch.all_samples == len(batch.where)
     assert seen >= 40
+
+
+def test_duplicates_of_a_stream_are_not_quietly_kept(tmp_path):
+    with pytest.raises(UserError, match="deduplicate would have to remember every row of a stream"):
+        stream([dataset(tmp_path, "a", 4, deduplicate=True)])
+
+
+def test_nothing_of_the_hub_is_downloaded_whole(monkeypatch):
+    asked, read = [], []
+
+    def numbers():
+        for n in range(10_000):
+            read.append(n)
+            yield turns("Q", f"A{n}")
+
+    def load_dataset(path, **how):
+        asked.append(how["streaming"])
+        return hub.IterableDataset.from_generator(numbers)
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    loaded = loader([chat("org/name", tokenizer=Letters(), seq_len=64)], packed=False)
+    (batch,) = loaded.take(1)
+    assert all(asked) and len(read) < 600 and batch.where[0].startswith("org/name[train]:")
+    state = loaded.state_dict()
+    (following,) = loaded.take(1)
+    resumed = loader([chat("org/name", tokenizer=Letters(), seq_len=64)], packed=False)
+    resumed.load_state_dict(state)
+    same(*resumed.take(1), following)
