@@ -127,11 +127,12 @@ def test_a_teacher_of_other_tokens_is_refused(distill, teacher, tmp_path):
 
 
 def test_the_demo_in_short(tmp_path):
-    """Half of the blocks come nearer to the teacher than by the same steps on the data alone."""
-    short = ["max_steps=12", "log_every=12", "dataset_eval.max_rows=40", "batch_size=2"]
+    """Half of the blocks come nearer to the teacher than by the same steps on the data alone, which lead away."""
+    short = ["max_steps=16", "log_every=16", "dataset_eval.max_rows=40", "batch_size=2"]
     recipe, config, ends = load_recipe("knowledge_distillation"), shipped.find_config("demo/distill"), {}
     for weight in (1.0, 0.0):
         run = train(recipe, config, tmp_path / str(weight), *short, f"kd_weight={weight}")
         before, ends[weight] = read_rows(run / "metrics.jsonl")
     assert ends[1.0]["eval_divergence"] < 0.7 * before["eval_divergence"]
-    assert ends[1.0]["eval_divergence"] < 0.95 * ends[0.0]["eval_divergence"]
+    assert ends[1.0]["eval_divergence"] < 0.5 * ends[0.0]["eval_divergence"]
+    assert ends[0.0]["eval_loss"] < 0.5 * ends[1.0]["eval_loss"]
