@@ -28,7 +28,8 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights", "adapters", "data"},
     "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub", "losses"},
-    "rl": FOUNDATION | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters"},
+    "rl": FOUNDATION
+    | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters", "models", "hub"},
     "cli": FOUNDATION | {"vocabulary", "data", "generation", "modules", "tokenizers", "training"},
 }
 THIRD_PARTY = {

@@ -63,6 +63,7 @@ COMPONENTS: dict[str, str] = {
     "torchft.losses.preference.simpo": "preference_loss",
     "torchft.data.prompts.prompts": "prompts",
     "torchft.rl.environments.calculator": "environment",
+    "torchft.rl.reward_model.reward_model": "reward",
     "torchft.rl.rewards.exact_match": "reward",
     "torchft.rl.rewards.length": "reward",
     "torchft.rl.rewards.math_answer": "reward",

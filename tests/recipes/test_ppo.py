@@ -107,11 +107,9 @@ def test_configs_that_cannot_work(ppo, tmp_path, override, problem):
 
 
 def test_it_learns(tmp_path):
-    """The demo, cut short: the reward of held-out answers, and the critic, whose error falls."""
+    """The demo, cut short: the reward of held-out answers."""
     run = train(
         load_recipe("ppo"), CONFIG, tmp_path / "run", "max_steps=12", "eval_every=100", "rollout.prompts_per_step=96"
     )
-    found = read_rows(run / "metrics.jsonl")
-    before, after = (row["eval_reward"] for row in found if "eval_reward" in row)
+    before, after = (row["eval_reward"] for row in read_rows(run / "metrics.jsonl") if "eval_reward" in row)
     assert after > 1.5 * before
-    assert found[-1]["value_error"] < 0.7 * found[1]["value_error"]
