@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torchft.training.metrics import read_rows
 
 STEPS_PER_KILL = 12  # more than are finished between two kills
-AFTER_S = 1.5  # a kill falls within so long of a session's first step
+MOST_STEPS, AFTER_S = 6, 0.1  # a kill falls within so long of one of a session's first steps
 
 
 def part(recipe, settings, output_dir, overrides):
@@ -31,16 +31,17 @@ def newest(folder):
 
 def session(draw, folder, size, args, env):
     """Starts the run again and kills one rank or all at a random moment. What it met: start, steps, or a save."""
-    at_start, delay, metrics = draw.random() < 0.1, draw.random() * AFTER_S, folder / "metrics.jsonl"
+    at_start, lasts, delay = draw.random() < 0.1, draw.randrange(MOST_STEPS), draw.random()
+    metrics = folder / "metrics.jsonl"
     resumed, old = newest(folder), metrics.stat().st_ino if metrics.exists() else None
     ranks, results = started(part, size, *args, env=env)
     try:
         while not at_start and not (  # the session writes the file anew, up to where it goes on, and adds its steps
-            metrics.exists() and metrics.stat().st_ino != old and len(read_rows(metrics)) > resumed
+            metrics.exists() and metrics.stat().st_ino != old and len(read_rows(metrics)) > resumed + lasts
         ):
             assert all(p.exitcode is None for p in ranks), results.get(timeout=5)
             time.sleep(0.005)
-        time.sleep(2 * delay if at_start else delay)
+        time.sleep(delay if at_start else AFTER_S * delay)
         assert all(p.exitcode is None for p in ranks), f"the run ended before it was killed: {results.get(timeout=5)}"
         for process in ranks if at_start else draw.sample(ranks, draw.choice([1, size])):
             process.kill()
