@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a released size, such as llama3/Llama-3.1-8B")
     parser.add_argument("--method", choices=("full", "fp8-full", "lora", "fp8-lora", "qlora"), default="lora")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, all else alike")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-step")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-steps per step")
@@ -81,7 +82,10 @@ def measure(given: argparse.Namespace, world: World) -> None:
     if given.limit_gib and device.type == "cuda":
         torch.cuda.memory.set_per_process_memory_fraction(given.limit_gib * 2**30 / torch.cuda.mem_get_info(device)[1])
     torch.manual_seed(world.data_rank)
-    model = models.build(given.model).to(torch.bfloat16)
+    model = models.build(given.model)
+    if given.layers:
+        model = models.build(model.hub_format.config_json | {"num_hidden_layers": given.layers})
+    model = model.to(torch.bfloat16)
     if given.method == "qlora":
         apply_nf4(model, NF4Config())
     if given.method == "fp8-lora":
