@@ -13,8 +13,7 @@ from torchft.ranks import copy_part, local, whole
 class StackedLoRA(StackedLinear):
     """A frozen ``StackedLinear`` plus ``scaling * B A x`` of each row's expert.
 
-    As ``LoRALinear`` it keeps the names of what it replaces, and the adapter may be of a wider dtype than the input. On
-    a GPU a rank that is a multiple of 8 is far faster: others have no grouped product.
+    As ``LoRALinear`` it keeps the names of what it replaces, and the adapter may be of a wider dtype than the input.
     """
 
     def __init__(

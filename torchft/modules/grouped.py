@@ -8,7 +8,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+ALIGNED = 8  # bf16 values in 16 bytes
 
 
 class StackedLinear(nn.Module):
@@ -47,12 +49,21 @@ class StackedLinear(nn.Module):
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [n, in] times the transposed weight [e, out, in] of their expert -> [n, out]; ``offsets`` [e] int32.
 
-    On a GPU in bf16 one kernel, whose rows must be multiples of 16 bytes; elsewhere an expert after the other, for
-    which a GPU is waited for.
+    On a GPU in bf16 one kernel; elsewhere an expert after the other, for which a GPU is waited for.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and not (weight.shape[1] % 8 or weight.shape[2] % 8):
-        return F.grouped_mm(x, weight.mT, offs=offsets)
-    return grouped_mm(x, weight.to(x.dtype).mT, offsets)
+    weight = weight.to(x.dtype)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return _one_kernel(x, weight, offsets)
+    return grouped_mm(x, weight.mT, offsets)
+
+
+def _one_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``F.grouped_mm``, which wants rows of multiples of 16 bytes: narrower ones, of LoRA, are padded with zeros."""
+    out_features, in_features = weight.shape[1:]
+    if out_features % ALIGNED or in_features % ALIGNED:
+        more_in, more_out = -in_features % ALIGNED, -out_features % ALIGNED
+        x, weight = F.pad(x, (0, more_in)), F.pad(weight, (0, more_in, 0, more_out))
+    return F.grouped_mm(x, weight.mT, offs=offsets)[:, :out_features]
 
 
 def spread(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -154,3 +165,13 @@ def _product_flops(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: 
 @register_flop_formula(torch.ops.torchft.grouped_outer)
 def _outer_flops(x, grad, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return 2 * x[0] * x[1] * grad[1]
+
+
+def _kernel_flops(a, b, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Of F.grouped_mm, which torch itself does not count (2.11 to 2.13): rows by experts, or experts' rows by rows."""
+    rows = a[-2] if len(b) == 3 else b[-1]
+    return 2 * rows * a[-1] * (b[-1] if len(b) == 3 else a[-2])
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:
+    register_flop_formula(torch.ops.aten._grouped_mm)(_kernel_flops)
