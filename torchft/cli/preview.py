@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     module = vars(shipped.load_recipe(recipe))
     config = load(module["Config"], recipe=recipe, file=file, overrides=given.words[has_name:])
     if "build_data" not in module:
-        raise UserError(f"{recipe} has no build_data, so there is nothing to preview")
+        raise UserError(f"{recipe} makes its samples while it trains, so there is nothing to preview")
 
     tokenizer = load_tokenizer(config.checkpoint_dir, chat_format=config.chat_format)
     data, _, summary = module["build_data"](config, tokenizer)

@@ -58,3 +58,16 @@ def test_train_false_leaves_its_message_out(tmp_path):
 @pytest.mark.parametrize("name", ["chat", "instruct", "completion", "tokenized"])
 def test_the_names_in_the_docs_exist(name):
     assert f"torchft.data.datasets.{name}`" in DOCS and name in vars(datasets)
+
+
+def test_a_data_set_of_ones_own(tmp_path):
+    """The code in the docs, on a file of its form; a row that lacks a column is named."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.S)
+    names = {"__name__": __name__}
+    exec(code, names)
+    (tmp_path / "faq.csv").write_text("q,a\nHi?,Yes\nWell?,\n")
+    built = names["faq"](str(tmp_path / "faq.csv"), tokenizer=Letters(), seq_len=99, weight=0.5, train_on="all")
+    samples = built.samples()
+    assert len(samples) == 1 and samples.counts.dropped == {"empty": 1}
+    assert samples[0].labels[0] != -100 and built.reading.weight == 0.5
+    assert names["faq"](tokenizer=Letters(), seq_len=9).reading.source == "data/faq.csv"
