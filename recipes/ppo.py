@@ -275,6 +275,7 @@ def train(config: Config, run: Run, world: World) -> None:
         metrics.write({"step": 0, **row})
         console.print(f"held out, before: {row}")
     if saved:
+        guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
     with (
@@ -365,6 +366,7 @@ def train(config: Config, run: Run, world: World) -> None:
                     tree = {"model": state.trainable(trained_parts)}
                     tree |= {"optimizer": state.optimizer_tree(trained_parts, optimizer)}
                     tree |= {"loader": rollouts.loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
+                    tree["guard"] = guard.state_dict()
                     saver.save(step, tree, score=-row["eval_reward"] if "eval_reward" in row else None)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:
