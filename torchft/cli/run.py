@@ -140,7 +140,7 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         options = [*options, "--rdzv-backend=c10d"]  # the one that reads it; torchrun's default does not
     if not given & {"--nnodes", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--master-port", "--standalone"}:
         options = [*options, "--standalone"]  # on a free port: two runs on one machine do not meet
-    if "--max-restarts" in given:
+    if "--max-restarts" in given and "--max-restarts=0" not in options:
         # Else processes that torchrun starts again find in its store the addresses of the dead, and call them in vain.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # said below, once

@@ -12,6 +12,7 @@ talk through a process group of their own, so that their words do not mix with t
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -100,8 +101,8 @@ class Saver:
             log.error("%s", e)
 
     def _write(self, parts: Parts, num_bytes: int, about: Mapping[str, Any]) -> None:
-        if threading.current_thread() is self._thread:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # Linux: of this thread alone
+        if threading.current_thread() is self._thread and sys.platform == "linux":  # elsewhere a thread has none
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             write(self._output_dir, parts, about, own=self._own, num_bytes=num_bytes, group=self._group)
             with _agreed(self._group, partial(_not_pruned, self._output_dir)):
