@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, tokenizers
@@ -27,7 +26,6 @@ from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
-from torchft.data.batch import Batch
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.prefetch import Prefetch
@@ -37,8 +35,6 @@ from torchft.data.stream import Stream, StreamConfig, gather
 from torchft.data.stream_loader import open_loader
 from torchft.data.summary import Summary, summarise
 from torchft.export import save_trained
-from torchft.losses.chunked import Project
-from torchft.losses.distill import chosen, distill_sum
 from torchft.losses.likelihood import nll_sum
 from torchft.models.shallow import build_shallow
 from torchft.modules.decoder import Decoder
@@ -65,6 +61,7 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.teacher import Teacher
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -87,6 +84,8 @@ class Config:
         "torchft.losses.distill.forward_kl"
     )
     temperature: Annotated[float, Range(above=0)] = 1.0  # of both distributions; above 1 unlikely words count for more
+    teacher_top_k: Annotated[int, Range(min=1)] | None = None  # write its likeliest words of every token once, then
+    # train without it; null: it runs with each batch
     kd_weight: Annotated[float, Range(min=0, max=1)] = 1.0  # of the divergence; the rest is of the data's own tokens
 
     # Data
@@ -142,6 +141,8 @@ class Config:
             yield "dataset: give one data set here, or several in datasets"
         if self.streaming and not self.max_steps:
             yield "streaming: a stream has no end; say in max_steps after how many optimizer steps to stop"
+        if self.streaming and self.teacher_top_k:
+            yield "teacher_top_k: a stream has no end, so its tokens cannot be written before; leave it out"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
         if self.parallel.tp * self.parallel.cp > 1:
@@ -201,37 +202,14 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
     return samples, held_out, summary
 
 
-def distilled(config: Config, model: Decoder, teacher: Decoder, batch: Batch, vocab_size: int, weight: float) -> Tensor:
-    """Sum over the supervised tokens of ``weight`` x divergence + the rest x NLL, nats. The method.
-
-    The student runs within the teacher's forward: only there is the teacher's output weight gathered on every rank, and
-    each model projects the same few tokens at a time, so that neither's logits ever all exist.
-    """
-    inputs = {"positions": batch.positions, "documents": batch.documents}
-    about = {"labels": batch.labels, "num_supervised": batch.num_supervised, "vocab_size": vocab_size}
-    about |= {"divergence": config.divergence.build, "temperature": config.temperature, "kd_weight": weight}
-    learns = torch.is_grad_enabled()
-
-    def with_teacher(hidden: Tensor, project: Project) -> Tensor:
-        known = chosen(hidden, labels=batch.labels, count=batch.num_supervised)  # [t, d]
-        with torch.set_grad_enabled(learns):
-            head = partial(distill_sum, teacher=lambda rows: project(known[rows]), **about)
-            return model(batch.tokens, **inputs, head=head)
-
-    with torch.no_grad():
-        return teacher(batch.tokens, **inputs, head=with_teacher)
-
-
 @torch.no_grad()
-def evaluate_both(
-    config: Config, model: Decoder, teacher: Decoder, loader: Loader, vocab_size: int, world: World
-) -> Row:
+def evaluate_both(model: Decoder, teacher: Teacher, loader: Loader, world: World) -> Row:
     """Means over the supervised tokens of all of ``loader``, of all ranks: the data's NLL, and the divergence."""
     model.eval()
     sums, supervised = torch.zeros(2, device=world.device, dtype=torch.float64), 0
     for batch in loader:
         batch = batch.to(world.device)
-        sums += torch.stack([distilled(config, model, teacher, batch, vocab_size, weight) for weight in (0.0, 1.0)])
+        sums += torch.stack([teacher.distill(model, batch, kd_weight=weight) for weight in (0.0, 1.0)])
         supervised += batch.all_supervised
     model.train()
     nll, divergence = (world.sum(sums) / supervised).tolist()
@@ -256,10 +234,10 @@ def train(config: Config, run: Run, world: World) -> None:
     saved = checkpoint.latest(run.path, run.id, base=base)
     keep = saved.read("plan") if saved else None
     frozen = replace(config, checkpoint_dir=config.teacher_dir, num_layers=None, lora=None, nf4=None, fp8=None)
-    teacher = build_model(frozen, world.device).requires_grad_(False).eval()
-    load_base(frozen, teacher, world)
+    larger = build_model(frozen, world.device).requires_grad_(False).eval()
+    load_base(frozen, larger, world)
     model = build_model(config, world.device)
-    vocab_size = min(model.config.vocab_size, teacher.config.vocab_size)
+    vocab_size = min(model.config.vocab_size, larger.config.vocab_size)
     shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
     found = plans(
         model,
@@ -284,7 +262,7 @@ def train(config: Config, run: Run, world: World) -> None:
         **shape,
     )
     if plan.budget is not None:
-        compile_blocks(teacher, budget=plan.budget)
+        compile_blocks(larger, budget=plan.budget)
 
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
@@ -293,6 +271,16 @@ def train(config: Config, run: Run, world: World) -> None:
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
+    how_far = {"divergence": config.divergence.build, "temperature": config.temperature, "vocab_size": vocab_size}
+    teacher = eval_teacher = Teacher(larger, **how_far)
+    if config.teacher_top_k:
+        write = {
+            "k": config.teacher_top_k,
+            "key": {"teacher": state.base_fingerprint(config.teacher_dir), "dtype": config.dtype},
+        }
+        eval_teacher = teacher.write_top_k(eval_loader, world, **write) if eval_loader else teacher
+        teacher = teacher.write_top_k(Loader(loader.samples, shuffle=False, **how), world, **write)
+        del larger
     step = saved.number if saved else 0
     if saved:
         state.load_parameters(saved.open("model"), state.trainable(model))
@@ -315,7 +303,7 @@ def train(config: Config, run: Run, world: World) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     guard = Guard(config.guard)
     if eval_loader and step == 0:
-        metrics.write({"step": 0, **evaluate_both(config, model, teacher, eval_loader, vocab_size, world)})
+        metrics.write({"step": 0, **evaluate_both(model, eval_teacher, eval_loader, world)})
     if saved:
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
 
@@ -335,7 +323,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
             own_loss = torch.zeros((), device=world.device)
             for batch in window:
-                total = distilled(config, model, teacher, batch, vocab_size, config.kd_weight)
+                total = teacher.distill(model, batch, kd_weight=config.kd_weight)
                 micro_loss = total / supervised  # of the whole window: accumulation does not change the gradient
                 micro_loss.backward()
                 own_loss += micro_loss.detach()
@@ -359,7 +347,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row |= evaluate_both(config, model, teacher, eval_loader, vocab_size, world)
+                        row |= evaluate_both(model, eval_teacher, eval_loader, world)
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)

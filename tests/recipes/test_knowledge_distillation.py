@@ -25,12 +25,15 @@ from torch.nn import functional as F
 from torchft import models, shipped
 from torchft.errors import UserError
 from torchft.models.shallow import build_shallow
+from torchft.training import reference
+from torchft.training import teacher as teacher_module
 from torchft.training.metrics import read_rows
 
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.1}"
 CONSTANT = "lr_schedule={_component_: torchft.training.schedules.constant}"
 EPOCH = ["batch_size=13", "gradient_accumulation_steps=1", SGD, CONSTANT]
 REVERSE = "divergence={_component_: torchft.losses.distill.reverse_kl}"
+GOLDEN = [4.5131, 4.3217, 3.9958]
 LORA = "lora={rank: 4, alpha: 24}"
 
 
@@ -102,6 +105,32 @@ def test_two_ranks_are_one_process(distill, kd_settings, data, tmp_path, no_pict
     assert largest_difference(weights(tmp_path / "together"), weights(alone)) < 1e-5
 
 
+def test_what_was_written_is_read_back(distill, data, tmp_path, monkeypatch, no_picture):
+    """All but one of the words: the run of the teacher itself. Few: less of a divergence. And the teacher runs once."""
+    monkeypatch.setattr(reference, "cache_folder", lambda: tmp_path / "cache")
+    held_out = f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {data}, max_rows: 5}}"
+    options = ["epochs=1", "temperature=2.0", "kd_weight=0.7", held_out, "packed=true", "batch_size=1"]
+    online, written, few = (
+        distill(tmp_path / str(k), *options, *([f"teacher_top_k={k}"] if k else [])) for k in (None, 1215, 8)
+    )
+    assert (losses(written) - losses(online)).abs().max() < 1e-4
+    assert largest_difference(weights(written), weights(online)) < 1e-4
+    first = [read_rows(run / "metrics.jsonl")[0] for run in (online, written, few)]
+    assert first[1]["eval_divergence"] == pytest.approx(first[0]["eval_divergence"], rel=1e-4)
+    assert first[2]["eval_divergence"] < 0.9 * first[0]["eval_divergence"]
+    assert first[2]["eval_loss"] == pytest.approx(first[0]["eval_loss"], rel=1e-5)
+
+    def unasked(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(teacher_module, "top_k_logps", unasked)
+    assert rows(distill(tmp_path / "again", *options, "teacher_top_k=8")) == rows(few)
+    with pytest.raises(AssertionError, match="computed again"):
+        distill(tmp_path / "other", *options, "teacher_top_k=9")
+    with pytest.raises(UserError, match="teacher_top_k: 1216 of 1216 words leaves none to be the rest"):
+        distill(tmp_path / "all", *options, "teacher_top_k=1216")
+
+
 def test_the_first_blocks_as_a_student(base, distill, tmp_path, no_picture):
     run = distill(tmp_path / "run", "num_layers=1", "max_steps=1", "optimizer.lr=1e-30")
     model = hub_model(run / "export")
@@ -136,3 +165,9 @@ def test_the_demo_in_short(tmp_path):
     assert ends[1.0]["eval_divergence"] < 0.7 * before["eval_divergence"]
     assert ends[1.0]["eval_divergence"] < 0.5 * ends[0.0]["eval_divergence"]
     assert ends[0.0]["eval_loss"] < 0.5 * ends[1.0]["eval_loss"]
+
+
+def test_golden_losses(distill, tmp_path, no_picture):
+    """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not."""
+    run = distill(tmp_path / "run", LORA, "epochs=1", "packed=true", "batch_size=1", CONSTANT, "kd_weight=0.5")
+    assert losses(run).tolist() == pytest.approx(GOLDEN, abs=1e-4)

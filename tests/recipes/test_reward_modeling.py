@@ -30,6 +30,7 @@ PAIRS = preferences(13)
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.02}"
 CONSTANT = "lr_schedule={_component_: torchft.training.schedules.constant}"
 EPOCH = ["batch_size=13", "gradient_accumulation_steps=1", SGD, CONSTANT]
+GOLDEN = [0.6777, 0.4770, 0.3534]
 LORA = "lora={rank: 4, alpha: 24}"
 
 
@@ -204,3 +205,9 @@ def test_a_document_that_ends_in_the_padding_token(rewards, base, judged, tmp_pa
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
     run = rewards(tmp_path / "run", *judged["pairs"], f"checkpoint_dir={folder}", "max_steps=1")
     assert json.loads((run / "export" / "config.json").read_text())["pad_token_id"] is None
+
+
+def test_golden_losses(rewards, judged, tmp_path, no_picture):
+    """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not."""
+    options = [*judged["pairs"], LORA, "epochs=1", "packed=true", "batch_size=1", CONSTANT, "optimizer.lr=1e-3"]
+    assert losses(rewards(tmp_path / "run", *options)).tolist() == pytest.approx(GOLDEN, abs=1e-4)

@@ -86,6 +86,57 @@ def distill_sum(
     return chunked_sum(h, project, loss_of, chunk=chunk)
 
 
+def top_k_logps(
+    hidden: Tensor, project: Project, *, labels: Tensor, count: int, k: int, temperature: float, vocab_size: int
+) -> Tensor:
+    """A head: of each of the ``count`` tokens with a label the ids of the ``k`` likeliest next words and their log p,
+    [n, 2, k + 1] fp32; last the id -1, and log p of all other words together. No gradient."""
+    found = []
+    with torch.no_grad():
+        for part in chosen(hidden, labels=labels, count=count).split(CHUNK):
+            logits = _wide(project(part)[:, :vocab_size] / temperature)
+            ids = logits.topk(k, dim=-1).indices
+            logps = bucket_logps(logits, ids)
+            found.append(torch.stack([torch.cat([ids, ids.new_full((len(ids), 1), -1)], 1).to(logps.dtype), logps], 1))
+    return torch.cat(found)
+
+
+def bucket_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of the words ``ids`` [n, k] < v, and of all others together: [n, k + 1] of logits [n, v]."""
+    total = logits.logsumexp(-1, keepdim=True)
+    rest = logits.scatter(1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(1, ids), rest], dim=1) - total
+
+
+def distill_top_k_sum(
+    hidden: Tensor,
+    project: Project,
+    *,
+    labels: Tensor,
+    num_supervised: int,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    vocab_size: int,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """`distill_sum` with what `top_k_logps` gave of the teacher at the same temperature, [n, 2, k + 1].
+
+    The divergence is that of the k + 1 events "this word" and "another one", at most that of all words.
+    """
+    h = chosen(hidden, labels=labels, count=num_supervised)
+    y = chosen(labels[..., None], labels=labels, count=num_supervised)[:, 0]
+
+    def loss_of(logits: Tensor, rows: slice) -> Tensor:
+        logits = _wide(logits[:, :vocab_size])
+        ids = teacher[rows, 0, :-1].long()
+        kd = divergence(bucket_logps(logits / temperature, ids), teacher[rows, 1].to(logits.dtype))
+        return kd_weight * kd - (1 - kd_weight) * logits.log_softmax(-1).gather(1, y[rows, None])[:, 0]
+
+    return chunked_sum(h, project, loss_of, chunk=chunk)
+
+
 def chosen(values: Tensor, *, labels: Tensor, count: int) -> Tensor:
     """``values`` [b, s, ...] where ``labels`` [b, s] are not -100, which are ``count``, in reading order: [n, ...]."""
     places = (labels != IGNORE).flatten().nonzero_static(size=count).squeeze(1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -56,17 +56,14 @@ class Reference:
         arithmetic. All ranks call it.
         """
         samples = loader.samples
-        text = json.dumps([dict(key), samples.fingerprint(), self.ld_alpha, _version()], sort_keys=True)
-        file = cache_folder() / "references" / hashlib.sha256(text.encode()).hexdigest()
-        table = from_main(partial(_read, file))
-        if table is None:
+
+        def compute() -> Tensor:
             table = torch.zeros(len(samples), 1 + samples.are_pairs, device=world.device)
             for batch in loader:
                 table[list(batch.samples)] = self.logps(batch.to(world.device))
-            table = world.sum(table).cpu()
-            if is_main():
-                data = save({"logps": table})
-                keep_in_cache(file, hashlib.sha256(data).hexdigest().encode() + data)
+            return world.sum(table)
+
+        table = kept_tensor({**key, "samples": samples.fingerprint(), "ld_alpha": self.ld_alpha}, compute)
         return Reference(None, table=table)
 
 
@@ -88,6 +85,24 @@ def kl_estimate(
     return (world.sum(total) / sum(batch.all_samples for batch in window)).clamp(min=0)
 
 
+def kept_tensor(key: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    """What ``compute`` gives, or what an earlier run kept of it in the user's cache folder; on the CPU.
+
+    ``key``: JSON values that decide it; torch's version and the text of this package are added. All ranks call it, and
+    so they call ``compute``.
+    """
+    text = json.dumps([dict(key), _version()], sort_keys=True)
+    file = cache_folder() / "references" / hashlib.sha256(text.encode()).hexdigest()
+    known = from_main(partial(_read, file))
+    if known is not None:
+        return known
+    values = compute().cpu()
+    if is_main():
+        data = save({"values": values.contiguous()})
+        keep_in_cache(file, hashlib.sha256(data).hexdigest().encode() + data)
+    return values
+
+
 def _read(file: Path) -> Tensor | None:
     """What was kept; None if there is nothing, or if it is damaged."""
     try:
@@ -98,7 +113,7 @@ def _read(file: Path) -> Tensor | None:
     if hashlib.sha256(data).hexdigest().encode() != digest:
         log.warning("%s is damaged: computing it again", file)
         return None
-    return load(data)["logps"]
+    return load(data)["values"]
 
 
 @cache

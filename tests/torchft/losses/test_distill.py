@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from trl.experimental.gkd import GKDTrainer
 
-from torchft.losses.distill import distill_sum, forward_kl, jensen_shannon, reverse_kl, symmetric_kl
+from torchft.losses.distill import (
+    distill_sum,
+    distill_top_k_sum,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    symmetric_kl,
+    top_k_logps,
+)
 
 STUDENT, TEACHER = (
     torch.randn(7, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) * 2 for i in (0, 1)
@@ -87,3 +95,29 @@ def test_no_more_than_a_chunk_of_logits_exists():
     about = {"labels": labels, "num_supervised": 100, "divergence": forward_kl, "vocab_size": 9, "chunk": 32}
     distill_sum(hidden, project, teacher=of_teacher, **about).backward()
     assert max(seen) <= 32 and teacher.rows == [32, 32, 32, 4] and hidden.grad is not None
+
+
+@pytest.mark.parametrize("k", [12, 4])
+def test_top_k_is_kl_div_of_the_same_events(k):
+    """Of all words but one the whole divergence; of fewer that of the words and the rest, which is less."""
+    g = torch.Generator().manual_seed(3)
+    hidden, known = torch.randn(1, 7, 5, dtype=torch.float64, generator=g).requires_grad_(), TEACHER
+    weight = torch.randn(5, 13, dtype=torch.float64, generator=g)
+    labels = torch.arange(7)[None]
+    teacher = top_k_logps(
+        torch.zeros(1, 7, 2), lambda h: known, labels=labels, count=7, k=k, temperature=2.0, vocab_size=13
+    )  # fmt: skip
+    about = {"labels": labels, "num_supervised": 7, "temperature": 2.0, "vocab_size": 13, "kd_weight": 0.6}
+    loss = distill_top_k_sum(hidden, lambda h: h @ weight, teacher=teacher, divergence=forward_kl, chunk=3, **about)
+    s, t = ((x[0] if x.ndim == 3 else x) / 2 for x in (hidden @ weight, known))
+    events = (
+        torch.zeros(7, 13).scatter(1, t.topk(k).indices, torch.arange(1.0, k + 1).expand(7, k)).long()
+    )  # 0: the rest
+    grouped = [torch.zeros(7, k + 1, dtype=torch.float64).scatter_add(1, events, x.softmax(-1)).log() for x in (s, t)]
+    nll = F.cross_entropy((hidden @ weight)[0], labels[0], reduction="sum")
+    want = 0.6 * kl_div(grouped[1], grouped[0]) + 0.4 * nll
+    assert abs(loss - want) <= 1e-10
+    grads = [torch.autograd.grad(x, hidden, retain_graph=True)[0] for x in (loss, want)]
+    assert (grads[0] - grads[1]).abs().max() <= 1e-10
+    whole = 0.6 * kl_div(t.log_softmax(-1), s.log_softmax(-1)) + 0.4 * nll
+    assert abs(loss - whole) <= 1e-10 if k == 12 else loss < whole - 1e-3
