@@ -62,6 +62,11 @@ class Dataset:
     def name(self) -> str:
         return self.reading.name or str(self.source)
 
+    @property
+    def kind(self) -> str:
+        """The full name of its builder."""
+        return f"{self.builder.__module__}.{self.builder.__qualname__}"
+
     @cached_property
     def source(self) -> Source:
         read = self.reading
@@ -107,8 +112,9 @@ class Dataset:
         """All rows tokenised, or read from the cache if an earlier run did."""
         of_tokens = {key: value for key, value in vars(self.reading).items() if key not in ("name", "weight", "stage")}
         return cache.read_or_make(
-            [self.builder.__qualname__, of_tokens, self.own, self.seq_len],
+            [self.kind, of_tokens, self.own, self.seq_len],
             source=self.source,
+            is_ours=self.kind.startswith("torchft."),
             tokenizer=self.tokenizer,
             make=lambda: collect(self.rows(), self.encoder(self.example()), self.limits, pad_id=self.tokenizer.pad_id),
         )

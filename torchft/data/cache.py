@@ -29,13 +29,16 @@ LIMIT = 10 << 30  # bytes of all files together; the longest unused are removed.
 ENGINES = ("tiktoken", "sentencepiece", "jinja2", "pyarrow")  # whose versions might change a token
 
 
-def read_or_make(settings: Any, *, source: Source, tokenizer: Tokenizer, make: Callable[[], Samples]) -> Samples:
+def read_or_make(
+    settings: Any, *, source: Source, tokenizer: Tokenizer, make: Callable[[], Samples], is_ours: bool
+) -> Samples:
     """The samples that ``make`` returned for these settings before, or returns now.
 
     Args:
         settings: all that decides them beside the files of ``source`` and the tokenizer: JSON values.
+        is_ours: whether ``make`` is this package's; nothing is kept of code that nobody hashes.
     """
-    file = _file(settings, files_of(source), tokenizer)
+    file = _file(settings, files_of(source), tokenizer) if is_ours else None
     samples = _read(file) if file else None
     if samples is None:
         samples = make()

@@ -47,7 +47,7 @@ class Stream:
 
     def fingerprint(self) -> str:
         """Hex digest of all that decides the samples: settings, tokenizer, and names, sizes and ends of the files."""
-        settings = [[d.builder.__qualname__, vars(d.reading), d.own, d.seq_len] for d in self.datasets]
+        settings = [[d.kind, vars(d.reading), d.own, d.seq_len] for d in self.datasets]
         sources = [fingerprint(dataset.source) for dataset in self.datasets]
         tokenizers = [dataset.tokenizer.fingerprint for dataset in self.datasets]
         text = json.dumps([settings, sources, tokenizers], sort_keys=True, default=str)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from letters import Letters, turns, write_jsonl
 
-from torchft.data import builder, cache, datasets
+from torchft.data import builder, cache, datasets, named, named_pairs
 from torchft.data.loader import Loader
+from torchft.data.samples import Encoded
 from torchft.data.summary import summarise
 from torchft.models import llama3
 from torchft.tokenizers import folder as tokenizer_folder
@@ -201,3 +202,22 @@ def test_a_chat_format_of_somebody_else_is_never_cached(tmp_path):
     assert not tokenizer_folder._is_ours(theirs)
     texts = {tokenizer_folder._fingerprint(tmp_path, "mine", template) for template in (None, "A:", "B:")}
     assert len(texts) == 3
+
+
+def test_data_sets_of_one_name_and_of_ones_own_are_not_mixed_up(tmp_path, made, kept):
+    """Builders in two modules may have one name; what a user's own code makes is not kept, as it may change."""
+    dialogue = "\n\nHuman: Q\n\nAssistant: "
+    path = write_jsonl(tmp_path / "p.jsonl", [{"chosen": dialogue + "A", "rejected": dialogue + "B"}])
+    how = {"tokenizer": tokenizer(), "seq_len": 60, "too_long": "drop", "split": "train"}
+    for build_one in (named.hh_rlhf, named_pairs.hh_rlhf) * 2:
+        samples = build_one(path, **how).samples()
+        assert samples.are_pairs == (build_one is named_pairs.hh_rlhf)
+    assert len(made) == 2 and len([*kept.iterdir()]) == 2
+
+    @builder.builder
+    def own(tokenizer, example):
+        return lambda row: Encoded([1, 2, answer], [True] * 3)
+
+    for answer in (3, 4):
+        assert own(path, tokenizer=tokenizer(), seq_len=9).samples()[0].tokens == [1, 2, answer]
+    assert len(made) == 4 and len([*kept.iterdir()]) == 2
