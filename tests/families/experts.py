@@ -28,7 +28,7 @@ GPT_OSS = {
     "num_local_experts": 8,
     "num_experts_per_tok": 3,
     "sliding_window": WINDOW,
-    "swiglu_limit": 2.0,
+    "swiglu_limit": 2.0,  # bounds some; with many at a bound, rounding decides about one's gradient
     "rope_parameters": rope(
         "yarn", 500.0, factor=8.0, beta_fast=4.0, beta_slow=1.0, original_max_position_embeddings=64, truncate=False
     ),

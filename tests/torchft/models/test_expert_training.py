@@ -78,3 +78,15 @@ def test_a_block_has_a_cost(make, tmp_path, monkeypatch):
     costs = block_costs(model, [None], seq_len=96, packed=True, device=torch.device("cpu"))[None]
     assert costs.saved > 96 * model.config.dim * 2
     assert costs.backward_flops > costs.forward_flops > 0
+
+
+@pytest.mark.gpu
+@each_family
+def test_a_gpu_in_bf16_is_near_fp32(make):
+    """Packed: the fused kernels, grouped products, values padded to the keys' width, chunks and windows."""
+    batch = tokens(rows=1)
+    positions = torch.cat([torch.arange(n) for n in PACKINGS[0]])[None]
+    with torch.no_grad():
+        want = make()(batch, positions)
+        got = make().to("cuda", torch.bfloat16)(batch.cuda(), positions.cuda()).float().cpu()
+    assert (got - want).norm() <= 0.1 * want.norm()
