@@ -40,10 +40,10 @@ from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed
-from torchft.training.compile import compiled
-from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
+from torchft.training.console import Console, Steps, answers_table, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.in_backward import InBackward
 from torchft.training.interrupt import Interruptible, Stopped
@@ -264,20 +264,11 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
+    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
     params = list(model.parameters())
-    total = sum(p.numel() for p in params)
-    facts = {
-        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{world}, {config.dtype}",
-        "trained": "all of them" + (", from scratch" if config.from_scratch else ""),
-        "data": str(summary),
-        "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
-        "activations": plan.reason,
-        "compiled": str(compiled()) if config.compile else "no",
-        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
-        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
-    }
+    facts = {"data": str(summary)}
+    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Full fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
     size = 3 * sum(p.nbytes for p in model.parameters())

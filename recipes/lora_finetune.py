@@ -21,7 +21,7 @@ from torchft import hub, models, tokenizers
 from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
-from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_parameters
+from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.adapters.token_rows import apply_token_rows
@@ -44,10 +44,10 @@ from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed
-from torchft.training.compile import compiled
-from torchft.training.console import Console, Steps, answers_table, count, first_panel, last_panel
+from torchft.training.console import Console, Steps, answers_table, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
@@ -287,19 +287,10 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    trained, total = num_parameters(model)
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
-    facts = {
-        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{world}, {config.dtype}",
-        "trained": f"{count(trained)} ({trained / total:.2%}), LoRA rank {config.lora.rank} on {config.lora.targets}",
-        "data": str(summary),
-        "steps": f"{total_steps} of {rows_per_step} rows, at most {rows_per_step * config.seq_len:,} tokens each",
-        "activations": plan.reason,
-        "compiled": str(compiled()) if config.compile else "no",
-        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
-        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
-    }
+    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
+    facts = {"adapter": f"LoRA rank {config.lora.rank} on {config.lora.targets}", "data": str(summary)}
+    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "LoRA fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
     size = 3 * plan.memory.gradients * world.shards
