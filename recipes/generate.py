@@ -85,6 +85,7 @@ def main(config: Config) -> None:
                 found = answers(slots, tokenizer, tokens, numbers=numbers, **how)
                 theirs = gather([[row(config, p, reply) for reply in replies] for p, replies in zip(own, found)])
                 if is_main():
+                    partial.parent.mkdir(parents=True, exist_ok=True)
                     with open(partial, "a", encoding="utf-8") as f:
                         for i in range(len(chunk)):
                             f.writelines(f"{line}\n" for line in theirs[i % world.size][i // world.size])

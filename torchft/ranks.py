@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchft import files
@@ -105,10 +104,9 @@ def agree(error: BaseException | None, group: dist.ProcessGroup | None = None) -
 def region(t: Tensor) -> Region:
     """Which part of the whole this rank holds; all of a tensor that is not sharded."""
     starts, sizes = [0] * t.dim(), list(t.shape)
-    for axis, dim in _cuts(t) if isinstance(t, DTensor) else ():
-        mesh: DeviceMesh = t.device_mesh  # type: ignore[attr-defined]
-        each = -(-sizes[dim] // mesh.size(axis))
-        before = min(mesh.get_local_rank(axis) * each, sizes[dim])
+    for size, place, _, dim in _cuts(t) if isinstance(t, DTensor) else ():
+        each = -(-sizes[dim] // size)
+        before = min(place * each, sizes[dim])
         starts[dim], sizes[dim] = starts[dim] + before, min(each, sizes[dim] - before)
     return tuple(slice(start, start + n) for start, n in zip(starts, sizes, strict=True))
 
@@ -151,11 +149,11 @@ def whole(t: Tensor) -> Tensor:
         return t.detach()
     part, cuts, sizes = t.to_local().to(t.dtype), _cuts(t), list(t.shape)
     lengths = []  # of what is cut, before each cut
-    for axis, dim in cuts:
-        each = -(-sizes[dim] // t.device_mesh.size(axis))
+    for size, place, _, dim in cuts:
+        each = -(-sizes[dim] // size)
         lengths.append(sizes[dim])
-        sizes[dim] = min(each, sizes[dim] - min(t.device_mesh.get_local_rank(axis) * each, sizes[dim]))
-    for (axis, dim), length in zip(reversed(cuts), reversed(lengths)):
+        sizes[dim] = min(each, sizes[dim] - min(place * each, sizes[dim]))
+    for (_, _, axis, dim), length in zip(reversed(cuts), reversed(lengths)):
         part = _joined(part, dim, length, t.device_mesh.get_group(axis))
     return part
 
@@ -173,14 +171,17 @@ def sum_over(x: Tensor, group: str) -> Tensor:
     return summed
 
 
-def _cuts(t: DTensor) -> list[tuple[int, int]]:
-    """(axis of the mesh, dimension that is cut along it), in the order of cutting, each into ceil(n / ranks).
+def _cuts(t: DTensor) -> list[tuple[int, int, int, int]]:
+    """(ranks, which of them this one is, their axis of the mesh, dimension that is cut), in the order of cutting.
 
-    From left to right, but for what FSDP2 cuts a second time along a dimension that tensor parallel had cut before: it
-    calls that a strided shard.
+    Each cut is into ceil(n / ranks). From left to right, but for what FSDP2 cuts a second time along a dimension that
+    tensor parallel had cut before: it calls that a strided shard.
     """
+    mesh, place = t.device_mesh, t.device_mesh.get_coordinate()
+    assert place is not None, "this rank has no part of the tensor"
     cuts: list[tuple[int, Any]] = [(axis, kind) for axis, kind in enumerate(t.placements) if not kind.is_replicate()]
-    return [(axis, kind.dim) for axis, kind in sorted(cuts, key=lambda cut: type(cut[1]) is not Shard)]
+    cuts.sort(key=lambda cut: type(cut[1]) is not Shard)
+    return [(mesh.size(axis), place[axis], axis, kind.dim) for axis, kind in cuts]
 
 
 def _joined(part: Tensor, dim: int, length: int, group: dist.ProcessGroup) -> Tensor:

@@ -121,7 +121,7 @@ def test_the_reference_is_the_model_without_its_adapters(grpo, tmp_path):
         run = grpo(tmp_path / name, "max_steps=3", *(["kl_coef=0.01"] if "dear" not in name else []), *options)
         divergence[name] = [row["kl"] for row in rows(run)]
         assert divergence[name][0] < 1e-9 < divergence[name][-1]
-    assert divergence["lora, dear"][-1] < 0.7 * divergence["lora"][-1]
+    assert divergence["lora, dear"][-1] < 0.85 * divergence["lora"][-1]
 
 
 def test_several_updates_of_a_rollout(grpo, tmp_path):

@@ -144,21 +144,25 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
             f"rank {rank} cannot reach the others ({where}): {str(e).splitlines()[0]}. Start with `tune run` or "
             "torchrun, on each node with the same --rdzv-endpoint, of a host and port that all nodes can reach"
         ) from None
-    make = partial(init_device_mesh, own.type)
-    blocks = make((replicate, shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp"))
-    root = make((replicate, shard * cp * tp), mesh_dim_names=("replicate", "shard"))
-    rows = make((replicate * shard, cp, tp), mesh_dim_names=("rows", "cp", "tp"))
     sharing = shard * cp * tp
-    experts = make((replicate, sharing // config.ep, config.ep), mesh_dim_names=("replicate", "shard", "ep"))
     axes = ("replicate", "shard") if replicate > 1 else ("shard",)  # FSDP2 takes two dimensions for HSDP
-    tokens = TokenShards(
-        cp=cp,
-        tp=tp,
-        cp_rank=rows.get_local_rank("cp"),
-        tp_rank=rows.get_local_rank("tp"),
-        cp_group=rows.get_group("cp").group_name,
-        tp_group=rows.get_group("tp").group_name,
-    )
+    make = partial(init_device_mesh, own.type)
+    blocks = root = make((replicate, shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp"))
+    tokens, experts = TokenShards(), None
+    if tp > 1:
+        root = make((replicate, sharing), mesh_dim_names=("replicate", "shard"))
+    if config.ep > 1:
+        experts = make((replicate, sharing // config.ep, config.ep), mesh_dim_names=("replicate", "shard", "ep"))
+    if cp * tp > 1:
+        rows = make((replicate * shard, cp, tp), mesh_dim_names=("rows", "cp", "tp"))
+        tokens = TokenShards(
+            cp=cp,
+            tp=tp,
+            cp_rank=rows.get_local_rank("cp"),
+            tp_rank=rows.get_local_rank("tp"),
+            cp_group=rows.get_group("cp").group_name,
+            tp_group=rows.get_group("tp").group_name,
+        )
     watch = Watch(timeout_s=config.timeout_s, debug_dir=debug_dir)
     try:
         with rank_log(debug_dir, rank):
@@ -169,8 +173,8 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
                 mesh=blocks[axes],
                 root_mesh=root[axes],
                 tp_mesh=blocks["tp"],
-                ep_mesh=experts["ep"] if config.ep > 1 else None,
-                expert_mesh=experts[axes],
+                ep_mesh=experts["ep"] if experts else None,
+                expert_mesh=experts[axes] if experts else None,
                 shards=sharing,
                 tokens=tokens,
                 watch=watch,
