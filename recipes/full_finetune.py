@@ -39,7 +39,7 @@ from torchft.ranks import from_main, is_main, main_first, new_folder
 from torchft.redact import redact_tree
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
-from torchft.training import checkpoint, distributed
+from torchft.training import checkpoint, distributed, state
 from torchft.training.console import Console, Steps, answers_table, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
@@ -59,7 +59,6 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.state import check_savable, load_optimizer, load_parameters, optimizer_tree, trainable
 from torchft.training.stochastic import rounds_stochastically
 from torchft.training.trial import out_of_memory_explained, settle
 from torchft.training.usage import commands
@@ -235,7 +234,7 @@ def train(config: Config, run: Run, world: World) -> None:
     load_model(config, model, world)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
-    check_savable(optimizer)
+    state.check_savable(optimizer)
     plan = settle(
         model,
         found,
@@ -259,15 +258,15 @@ def train(config: Config, run: Run, world: World) -> None:
     step = 0
     if saved:
         step = saved.number
-        load_parameters(saved.open("model"), trainable(model))
-        load_optimizer(saved.open("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
+        state.load_parameters(saved.open("model"), state.trainable(model))
+        state.load_optimizer(saved.open("optimizer"), model, optimizer, hyperparameters=not run.config_changed)
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     params = list(model.parameters())
     facts = {"data": str(summary)}
-    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    sizes = {"steps": total_steps, "rows": rows_per_step, "seq_len": config.seq_len, "step": step, "output": run.path}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Full fine-tuning", facts, masked_tokens(loader.samples[0], tokenizer))
@@ -346,8 +345,8 @@ def train(config: Config, run: Run, world: World) -> None:
             if saves:
                 with meter.paused():
                     parts = {
-                        "model": trainable(model),
-                        "optimizer": optimizer_tree(model, optimizer),
+                        "model": state.trainable(model),
+                        "optimizer": state.optimizer_tree(model, optimizer),
                         "loader": loader.state_dict(),
                         "guard": guard.state_dict(),
                         "rng": rng_state(),

@@ -23,7 +23,7 @@ from torchft import hub, models, tokenizers
 from torchft.adapters.expert_parallel import split_experts
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
-from torchft.adapters.lora import LoRAConfig, adapters_off, apply_lora, init_adapters, num_parameters
+from torchft.adapters.lora import LoRAConfig, adapters_off, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4, check_shards
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.cli.run import start
@@ -46,10 +46,11 @@ from torchft.rl.batch import Rows, count_totals, countable, micro_batches, rows
 from torchft.rl.collect import RolloutConfig, Rollouts
 from torchft.rl.curves import Curves, rollout_row, write_samples
 from torchft.training import checkpoint, distributed, state
-from torchft.training.compile import compile_blocks, compiled
-from torchft.training.console import Console, Steps, count, first_panel, last_panel
+from torchft.training.compile import compile_blocks
+from torchft.training.console import Console, Steps, first_panel, last_panel
 from torchft.training.disk import check_space
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
@@ -259,19 +260,10 @@ def train(config: Config, run: Run, world: World) -> None:
         rollouts.loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps * updates), step=step * updates)
 
-    trained, total = num_parameters(model)
-    facts = {
-        "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
-        "device": f"{world}, {config.dtype}",
-        "trained": f"{count(trained)} ({trained / total:.2%})" + (f", {config.lora}" if config.lora else ""),
-        "method": f"{config.method}: {method}",
-        "prompts": f"{len(prompts):,}, {len(questions):,} held out",
-        "steps": f"{total_steps} of {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} answers",
-        "activations": plan.reason,
-        "compiled": str(compiled()) if config.compile else "no",
-        "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
-        "output": f"{run.path}" + (f", going on after step {step}" if step else ""),
-    }
+    answers = config.rollout.episodes_per_step
+    sizes = {"steps": total_steps, "rows": answers, "seq_len": config.seq_len, "step": step, "output": run.path}
+    facts = {"prompts": f"{len(prompts):,}, {len(questions):,} held out", "method": f"{config.method}: {method}"}
+    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Reinforcement learning", facts, ())
     from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))

@@ -288,8 +288,8 @@ def train(config: Config, run: Run, world: World) -> None:
         loader.load_state_dict(saved.read("loader"))
     schedule = attach(optimizer, config.lr_schedule.build(total_steps=total_steps), step=step)
 
-    rows = config.batch_size * config.gradient_accumulation_steps * world.data_size
-    sizes = {"steps": total_steps, "rows": rows, "seq_len": config.seq_len, "step": step, "output": run.path}
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
+    sizes = {"steps": total_steps, "rows": rows_per_step, "seq_len": config.seq_len, "step": step, "output": run.path}
     facts = {"teacher": f"{config.teacher_dir}, {config.divergence.name.rpartition('.')[2]}", "data": str(summary)}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())

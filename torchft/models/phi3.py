@@ -7,14 +7,10 @@ Papers: https://arxiv.org/abs/2404.14219, https://arxiv.org/abs/2503.01743. Weig
 from typing import Any
 
 from torchft.hub_names import HubNames
-from torchft.models import llama3
+from torchft.models import llama3, mistral
 from torchft.models.config_json import one_of, sizes, sizes_to_hub, windows, windows_to_hub
 from torchft.models.config_rope import longrope_scale, rope_from_hub, rope_to_hub
-from torchft.modules.attention import Attention
-from torchft.modules.decoder import Block, Decoder, DecoderConfig
-from torchft.modules.masks import Sight
-from torchft.modules.mlp import GatedMLP
-from torchft.modules.norms import RMSNorm
+from torchft.modules.decoder import DecoderConfig
 from torchft.modules.rope import LongRope, Rope
 
 
@@ -90,19 +86,7 @@ HUB = HubNames(
 )
 
 
-def block(c: DecoderConfig, i: int) -> Block:
-    return Block(
-        Attention(c.dim, c.num_heads, c.num_kv_heads, c.head_dim),
-        GatedMLP(c.dim, c.hidden_dim),
-        attn_norm=RMSNorm(c.dim, c.norm_eps),
-        mlp_norm=RMSNorm(c.dim, c.norm_eps),
-        rope=c.rope,
-        sight=Sight(window=c.window(i)),
-    )
-
-
-def build(c: DecoderConfig) -> Decoder:
-    return Decoder(c, block, RMSNorm(c.dim, c.norm_eps))
+block, build = mistral.block, mistral.build
 
 
 def from_hub(json: dict[str, Any]) -> DecoderConfig:
