@@ -70,7 +70,7 @@ class Slots:
         if self.seen is not None:
             held = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=device)
             is_prompt = torch.arange(length, device=device) < lengths[:, None]
-            held.scatter_reduce_(1, tokens, is_prompt, reduce="amax")
+            held.scatter_(1, torch.where(is_prompt, tokens, tokens[:, :1]), True)
             self.seen[slots] = held[source]
         self._draw(logits[source], slots, filtered=filtered)
 

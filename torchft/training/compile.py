@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.utils import compile_times, counters
@@ -47,6 +48,9 @@ def compile_blocks(model: Decoder, *, budget: float = 1.0, backend: str = "induc
         torch.compiler.reset()
     for name, value in _settings(budget).items():
         setattr(functorch_config, name, value)
+    # Two kinds of layers, with and without gradients, with and without adapters, in two shapes are 16 graphs already,
+    # and torch's 8 hold for all blocks of a class together.
+    dynamo_config.recompile_limit = 64
     if _with_gradient not in model.embed_tokens._forward_hooks.values():
         model.embed_tokens.register_forward_hook(_with_gradient)
     for layer in model.layers:

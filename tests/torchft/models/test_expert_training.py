@@ -83,10 +83,13 @@ def test_a_block_has_a_cost(make, tmp_path, monkeypatch):
 @pytest.mark.gpu
 @each_family
 def test_a_gpu_in_bf16_is_near_fp32(make):
-    """Packed: the fused kernels, grouped products, values padded to the keys' width, chunks and windows."""
+    """Packed: the fused kernels, grouped products, values padded to the keys' width, chunks and windows.
+
+    Of most tokens: rounding sends some of them to other experts, on any device.
+    """
     batch = tokens(rows=1)
     positions = torch.cat([torch.arange(n) for n in PACKINGS[0]])[None]
     with torch.no_grad():
         want = make()(batch, positions)
         got = make().to("cuda", torch.bfloat16)(batch.cuda(), positions.cuda()).float().cpu()
-    assert (got - want).norm() <= 0.1 * want.norm()
+    assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() <= 0.05

@@ -62,6 +62,15 @@ def test_another_shape_would_be_noticed():
     assert compiled().graphs > before
 
 
+def test_a_run_may_need_more_graphs_than_torch_allows():
+    model = decoder()
+    compile_blocks(model, backend="eager")
+    lengths = range(8, 28, 2)
+    for s in lengths:
+        mean_nll(model, tokens(2, s), tokens(2, s))
+    assert compiled().graphs == len(lengths)
+
+
 def test_another_budget_compiles_anew():
     model = decoder()
     for budget in (0.8, 0.0):

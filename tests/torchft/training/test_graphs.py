@@ -33,6 +33,11 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+
+
 def build(method, *, tied=False):
     torch.manual_seed(0)
     config = SIZES | {"tie_word_embeddings": tied}
