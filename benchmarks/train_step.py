@@ -71,8 +71,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     for axis in ("replicate", "tp", "cp", "ep"):
         parser.add_argument(f"--{axis}", type=int, default=1, help="as in a recipe's `parallel`")
+    parser.add_argument("--reshard", choices=("auto", "true", "false"), default="auto", help="free weights in between")
     given = parser.parse_args()
-    parallel = ParallelConfig(replicate=given.replicate, tp=given.tp, cp=given.cp, ep=given.ep)
+    parallel = ParallelConfig(
+        replicate=given.replicate,
+        tp=given.tp,
+        cp=given.cp,
+        ep=given.ep,
+        reshard_after_forward={"true": True, "false": False}.get(given.reshard),
+    )
     with init(parallel, device=given.device) as world:
         measure(given, world)
 
@@ -105,6 +112,7 @@ def measure(given: argparse.Namespace, world: World) -> None:
         seq_len=shards.share(given.seq_len),
         packed=packed,
         shards=world.shards,
+        reshard=world.reshard,
         device=device,
         in_backward=given.in_backward,
         accumulation=given.accumulate,

@@ -228,6 +228,7 @@ def train(config: Config, run: Run, world: World) -> None:
         in_backward=config.optimizer_in_backward,
         accumulation=config.gradient_accumulation_steps,
         shards=world.shards,
+        reshard=world.reshard,
         keep=keep,
         **shape,
     )

@@ -248,6 +248,7 @@ def train(config: Config, run: Run, world: World) -> None:
         optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
         accumulation=config.gradient_accumulation_steps,
         shards=world.shards,
+        reshard=world.reshard,
         keep=keep,
         **shape,
     )

@@ -212,6 +212,7 @@ def train(config: Config, run: Run, world: World) -> None:
         optimizer_bytes=optimizer_bytes(config.optimizer.build, param_groups(model), device=world.device),
         accumulation=math.ceil(rows_per_update / config.batch_size),
         shards=world.shards,
+        reshard=world.reshard,
         keep=keep,
         **shape,
     )

@@ -24,6 +24,7 @@ class Staging:
         """``tensor``, on the CPU, as a new one on the device, whole when the device's current stream gets there."""
         if not self._buffers:
             return tensor
+        tensor = tensor.contiguous()  # a rank's columns, or a transposed matrix
         result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         for source, target in zip(*(t.view(-1).view(torch.uint8).split(CHUNK) for t in (tensor, result)), strict=True):
             self._turn = 1 - self._turn

@@ -18,6 +18,7 @@ SMALL = [
     "max_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.sampling.temperature=3.0",
     "~prompts_eval", "~eval_every", "seq_len=48", "export_dtype=fp32", "batch_size=16",
 ]  # fmt: skip
+GATHER_ONCE = "parallel.reshard_after_forward=false"
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.5}"
 FULL = ["~lora", SGD, "clip_grad_norm=null"]
 CLOCK = ("tokens_per_second", "mfu", "peak_memory_gib", "time_s", "start_to_first_step_s", "rollout_s")
@@ -90,7 +91,9 @@ def part(folder, overrides):
     train(recipe, CONFIG, folder, *SMALL, *overrides)
 
 
-@pytest.mark.parametrize("options", [["mini_batches=2", "kl_coef=0.1", SGD], [*FULL, "kl_coef=0.1", "max_steps=1"]])
+@pytest.mark.parametrize(
+    "options", [["mini_batches=2", "kl_coef=0.1", SGD, GATHER_ONCE], [*FULL, "kl_coef=0.1", "max_steps=1"]]
+)
 def test_ranks_are_one_process(grpo, tmp_path, options):
     alone = grpo(tmp_path / "alone", *options)
     run_ranks(part, 2, tmp_path / "ranks", [*options, "batch_size=8"])

@@ -53,6 +53,7 @@ def same_run(ours, alone, steps=20, bar=1e-5):
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
         (2, ["from_scratch=true"]),
+        (2, ["parallel.reshard_after_forward=false"]),
         (2, ["parallel.tp=2"]),
         (2, ["parallel.cp=2", "packed=true"]),
         (4, ["parallel.tp=2", "packed=true", STOCHASTIC]),

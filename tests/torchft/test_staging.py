@@ -32,7 +32,8 @@ class Late:
 
 
 @pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 9, 100])
-def test_a_buffer_is_refilled_only_when_it_has_been_sent(monkeypatch, size):
+@pytest.mark.parametrize("columns", [slice(1), slice(1, 3)])
+def test_a_buffer_is_refilled_only_when_it_has_been_sent(monkeypatch, size, columns):
     monkeypatch.setattr(staging, "CHUNK", 8)
     sender = Staging(CPU)
     sender._buffers, sender._sent = [torch.empty(8, dtype=torch.uint8) for _ in range(2)], [Late(), Late()]
@@ -45,7 +46,7 @@ def test_a_buffer_is_refilled_only_when_it_has_been_sent(monkeypatch, size):
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    source = torch.arange(size, dtype=torch.int16).view(-1, 1) - 3
+    source = (torch.arange(3 * size, dtype=torch.int16).view(-1, 3) - 3)[:, columns]
     sent = sender.send(source)
     for event in sender._sent:
         event.synchronize()
@@ -61,6 +62,7 @@ def test_through_small_buffers_on_a_busy_gpu(monkeypatch, size):
     sources = [
         torch.randn(size),
         torch.randint(2**15, (size, 3), dtype=torch.int16),
+        torch.randn(size, 3)[:, 1:],
         torch.randn(()),
         torch.empty(0, 4),
     ]

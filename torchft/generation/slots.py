@@ -95,7 +95,7 @@ class Slots:
         self.answers[rows, count], self.logps[rows, count] = token, logp  # of rows that are done never read
         self.token[rows] = token
         if self.seen is not None:
-            self.seen[rows, token] = True
+            self.seen[rows, token] = torch.ones_like(is_done)
         length = self.length[rows] + ~is_done
         self.length[rows], self.count[rows] = length, count + ~is_done
         stops = (token[:, None] == self.stops).any(-1)

@@ -10,11 +10,11 @@ import torch
 from torchft.config import Component, Kind, Range
 from torchft.data.prompts import Prompt, PromptLoader
 from torchft.errors import UserError
-from torchft.generation.gathered import gathered
 from torchft.generation.loaded import engine
 from torchft.generation.sampling import Sampling
 from torchft.losses.policy import group_advantages
 from torchft.modules.decoder import Decoder
+from torchft.modules.sharded import gathered
 from torchft.rl.curves import rollout_row
 from torchft.rl.rollout import Episode, rollout
 from torchft.rl.scoring import RewardConfig, Scorer, Scores, choose

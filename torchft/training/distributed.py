@@ -56,6 +56,7 @@ class ParallelConfig:
     ep: Annotated[int, Range(min=1)] = (
         1  # ranks that share the experts of a mixture: some of those above, no further ones
     )
+    reshard_after_forward: bool | None = None  # free gathered weights until backward; null: if memory is short
     timeout_s: Annotated[int, Range(min=1)] = TIMEOUT_S  # after which a rank that does not answer ends the run
 
 
@@ -72,6 +73,7 @@ class World:
     ep_mesh: DeviceMesh | None = None  # of the ranks that share the experts, if any
     expert_mesh: DeviceMesh | None = None  # what `fully_shard` then takes for experts
     shards: int = 1  # ranks that share one copy of the model
+    reshard: bool | None = None  # `reshard_after_forward`
     tokens: TokenShards = field(default_factory=TokenShards)  # of a row, which are this rank's
     watch: Watch | None = None
 
@@ -176,6 +178,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
                 ep_mesh=experts["ep"] if experts else None,
                 expert_mesh=experts[axes] if experts else None,
                 shards=sharing,
+                reshard=config.reshard_after_forward,
                 tokens=tokens,
                 watch=watch,
             )

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
+from torchft.modules.sharded import gather_once
 from torchft.ranks import gather
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
@@ -36,6 +37,7 @@ LAUNCH, LAUNCH_QUANTISED = 4e-3, 0.4e-3
 HOST_BANDWIDTH = 45e9  # bytes/s each way; 55e9 measured on PCIe 5 with nothing else on it
 FLOPS = 500e12  # per second, of a block, to know whether copies are done in time
 FITS = 0.94  # share of the memory that is planned with: the rest is the allocator's and the libraries'
+SURELY_FITS = 0.8  # the same, for what is a gain in speed alone and is not tried before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Plan:
     block_bytes: int  # that one block keeps in a micro-step
     time: float  # relative to the fastest; 1.0 without recompute and with endless rows
     replays: bool = False  # kernels are not launched one by one: training/graphs.py
+    gathers_once: bool = False  # of several ranks: weights are whole from forward to backward
     reason: str = ""  # a sentence for the user
 
     @property
@@ -86,6 +89,7 @@ def plans(
     keep: Mapping[str, Any] | None = None,
     limit: int | None = None,
     shards: int = 1,
+    reshard: bool | None = None,
 ) -> list[Plan]:
     """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
 
@@ -100,6 +104,7 @@ def plans(
         keep: `Plan.setting` of the run that is resumed; auto takes it again, other rows would change the last bits.
         limit: bytes of the device that may be used; None: what is free, of several ranks on the fullest.
         shards: ranks over which the model will be sharded; ``model`` itself is whole.
+        reshard: free gathered weights between forward and backward; None: on GPUs, if there is no memory for them.
 
     Raises:
         UserError: auto finds nothing that fits.
@@ -156,8 +161,16 @@ def plans(
                     found.append(plan)
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
-        return [replace(found[0], reason=f"{found[0]} ({why})")]
-    return choose(found, available=min(gather(available_bytes(model, device) if limit is None else limit)), keep=keep)
+        found = [replace(found[0], reason=f"{found[0]} ({why})")]
+    if device.type == "cuda":
+        available = min(gather(available_bytes(model, device) if limit is None else limit))
+        found = choose(found, available=available, keep=keep) if automatic else found
+    else:
+        available = 0
+    if shards > 1:
+        whole = sum(stored_bytes(p) for p in model.parameters()) * (shards - 1) // shards
+        found = [_gathering(plan, plan.memory.total + whole <= SURELY_FITS * available, reshard) for plan in found]
+    return found
 
 
 def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | None = None) -> list[Plan]:
@@ -185,6 +198,13 @@ def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | N
     return kept + [plan for plan in result if plan.setting != keep]
 
 
+def _gathering(plan: Plan, fits: bool, reshard: bool | None) -> Plan:
+    """``plan``, with weights that are gathered once if they fit, or as asked."""
+    if not (fits if reshard is None else not reshard):
+        return plan
+    return replace(plan, gathers_once=True, reason=f"{plan.reason}; weights whole from forward to backward")
+
+
 def apply_plan(model: Decoder, plan: Plan) -> None:
     """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
     model.recompute = plan.share
@@ -193,6 +213,8 @@ def apply_plan(model: Decoder, plan: Plan) -> None:
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
     model.replay = Replay(model) if plan.replays else None
+    if plan.gathers_once:
+        gather_once(model)
 
 
 def _time(cost: BlockCost, base: BlockCost, *, rows: int, seq_len: int, offload: float, launch: float) -> float:
