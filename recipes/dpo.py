@@ -61,11 +61,12 @@ from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
 from torchft.training.reference import Reference, kl_estimate
 from torchft.training.rewards import Rewards
+from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
-from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.seed import load_rng_state, set_seed
+from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -112,6 +113,7 @@ class Config:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and computation; adapters are fp32
     device: str = "auto"  # auto takes the accelerator if there is one
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
+    routing: RoutingConfig = field(default_factory=RoutingConfig)  # of a mixture of experts: how even its load is kept
     compile: bool = False  # torch.compile each block: faster steps, a slower first one
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
     # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
@@ -149,11 +151,12 @@ class Config:
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
         if self.parallel.tp * self.parallel.cp > 1:
             yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
+        yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
         if not self.export:
             yield "export: nothing would be left of the run; name adapter, merged or both"
-        if self.is_unpaired and (self.rpo_alpha or self.ld_alpha is not None or self.wpo):
+        if self.loss.takes("is_desirable") and (self.rpo_alpha or self.ld_alpha is not None or self.wpo):
             yield "rpo_alpha, ld_alpha, wpo: they are for pairs, and this loss is for single answers"
         if self.rpo_alpha and self.ld_alpha is not None:
             yield "rpo_alpha: the likelihood of a whole answer, which ld_alpha does not give; leave one of them out"
@@ -161,10 +164,6 @@ class Config:
             yield "precompute_reference: what streams or KL estimates ask is not known before training; leave it out"
         if not self.has_reference and (self.reference_dir or self.precompute_reference):
             yield "reference_dir, precompute_reference: this loss has no reference; leave them out"
-
-    @property
-    def is_unpaired(self) -> bool:
-        return self.loss.takes("is_desirable")
 
     @property
     def has_reference(self) -> bool:
@@ -250,7 +249,7 @@ def train(config: Config, run: Run, world: World) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     with main_first():  # the others find its tokens in the cache
         samples, held_out, summary = build_data(config, tokenizer)
-    check_kind(samples, pairs=not config.is_unpaired, why=config.loss.name)
+    check_kind(samples, pairs=not config.loss.takes("is_desirable"), why=config.loss.name)
 
     base = state.base_fingerprint(config.checkpoint_dir)
     saved = checkpoint.latest(run.path, run.id, base=base)
@@ -276,15 +275,10 @@ def train(config: Config, run: Run, world: World) -> None:
         **shape,
     )
     load_base(config, model, world)
+    routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)
-    plan = settle(
-        model,
-        found,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(token_logps, labels=labels)).sum(),
-        keep=keep,
-        **shape,
-    )
+    plan = settle(model, found, by_head(model, token_logps), keep=keep, **shape)
     if other is not None and plan.budget is not None:
         compile_blocks(other, budget=plan.budget)
 
@@ -292,6 +286,7 @@ def train(config: Config, run: Run, world: World) -> None:
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
     how |= {"rank": world.data_rank, "num_ranks": world.data_size}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
+    routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
@@ -361,6 +356,7 @@ def train(config: Config, run: Run, world: World) -> None:
             step += 1
 
             end_of_step()
+            routing.end_of_step()
             supervised = sum(batch.all_supervised for batch in window)
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
@@ -368,7 +364,7 @@ def train(config: Config, run: Run, world: World) -> None:
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm) | rewards.row()
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | rewards.row()
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
@@ -378,9 +374,8 @@ def train(config: Config, run: Run, world: World) -> None:
                 progress.update(step, row)
             if saves:
                 with meter.paused():
-                    parts = {"model": state.trainable(model), "optimizer": state.optimizer_tree(model, optimizer)}
-                    parts |= {"loader": loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
-                    parts["guard"] = guard.state_dict()
+                    others = {"loader": loader.state_dict(), "guard": guard.state_dict(), "plan": plan.setting}
+                    parts = state.everything(model, optimizer, **others)
                     saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

@@ -58,9 +58,9 @@ from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
-from torchft.training.seed import load_rng_state, rng_state, set_seed
+from torchft.training.seed import load_rng_state, set_seed
 from torchft.training.stochastic import rounds_stochastically
-from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -236,13 +236,7 @@ def train(config: Config, run: Run, world: World) -> None:
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)
-    plan = settle(
-        model,
-        found,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
-        keep=keep,
-        **shape,
-    )
+    plan = settle(model, found, by_head(model, nll_sum), keep=keep, **shape)
 
     how = {
         "batch_size": plan.rows,
@@ -345,14 +339,8 @@ def train(config: Config, run: Run, world: World) -> None:
                 progress.update(step, row)
             if saves:
                 with meter.paused():
-                    parts = {
-                        "model": state.trainable(model),
-                        "optimizer": state.optimizer_tree(model, optimizer),
-                        "loader": loader.state_dict(),
-                        "guard": guard.state_dict(),
-                        "rng": rng_state(),
-                        "plan": plan.setting,
-                    }
+                    others = {"loader": loader.state_dict(), "guard": guard.state_dict(), "plan": plan.setting}
+                    parts = state.everything(model, optimizer, **others)
                     saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

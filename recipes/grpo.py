@@ -59,11 +59,12 @@ from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.recompute import plans
+from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
-from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.seed import load_rng_state, set_seed
+from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -114,6 +115,7 @@ class Config:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and computation; adapters are fp32
     device: str = "auto"  # auto takes the accelerator if there is one
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # how several processes share the work
+    routing: RoutingConfig = field(default_factory=RoutingConfig)  # of a mixture of experts: how even its load is kept
     compile: bool = False  # torch.compile each block: faster updates, a slower first one
     recompute: Literal["none", "auto", "full"] | Annotated[float, Range(min=0, max=1)] = "auto"  # activations computed
     # again in backward instead of kept: a number is the share kept; auto measures and takes the fastest that fits
@@ -153,6 +155,7 @@ class Config:
             yield "rollout.group_size: an answer is judged against others to its prompt, so at least 2"
         if self.rollout.episodes_per_step % self.mini_batches:
             yield "mini_batches: they do not divide rollout.prompts_per_step x group_size"
+        yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.prompts_eval:
             yield "eval_every: there is nothing to evaluate; give prompts_eval"
 
@@ -236,18 +239,14 @@ def train(config: Config, run: Run, world: World) -> None:
         **shape,
     )
     load_base(config, model, world)
+    routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)
-    plan = settle(
-        model,
-        found,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(token_logps, labels=labels)).sum(),
-        keep=keep,
-        **shape,
-    )
+    plan = settle(model, found, by_head(model, token_logps), keep=keep, **shape)
     if other is not None and plan.budget is not None:
         compile_blocks(other, budget=plan.budget)
 
+    routing.begin(micro_steps=math.ceil(rows_per_update / plan.rows))
     rollouts = Rollouts(
         config.rollout, model, tokenizer, prompts, seq_len=config.seq_len, seed=config.seed, world=world
     )
@@ -347,6 +346,7 @@ def train(config: Config, run: Run, world: World) -> None:
                     optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
+                routing.end_of_step()
                 meter.add(loss, tokens=sum(b.tokens.numel() for b in batches[k]), supervised=totals.tokens)
             step += 1
 
@@ -355,8 +355,8 @@ def train(config: Config, run: Run, world: World) -> None:
             saves = is_due(step, config.save_every, total_steps) or stops
             row = {}
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm) | curves.row() | {"rollout_s": rollout_s}
-                row |= rollout_row(episodes, scores, group_size=config.rollout.group_size)
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row()
+                row |= {"rollout_s": rollout_s} | rollout_row(episodes, scores, group_size=config.rollout.group_size)
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 write_samples(run.path / "samples.jsonl", step, episodes, scores)
                 if evaluates:
@@ -367,10 +367,9 @@ def train(config: Config, run: Run, world: World) -> None:
                 progress.update(step, row)
             if saves:
                 with meter.paused():
-                    tree = {"model": state.trainable(model), "optimizer": state.optimizer_tree(model, optimizer)}
-                    tree |= {"loader": rollouts.loader.state_dict(), "rng": rng_state(), "plan": plan.setting}
-                    tree["guard"] = guard.state_dict()
-                    saver.save(step, tree, score=-row["eval_reward"] if "eval_reward" in row else None)
+                    others = {"loader": rollouts.loader.state_dict(), "guard": guard.state_dict()}
+                    parts = state.everything(model, optimizer, **others, plan=plan.setting)
+                    saver.save(step, parts, score=-row["eval_reward"] if "eval_reward" in row else None)
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:
                 saver.wait()

@@ -61,8 +61,8 @@ from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
-from torchft.training.seed import load_rng_state, rng_state, set_seed
-from torchft.training.trial import out_of_memory_explained, settle
+from torchft.training.seed import load_rng_state, set_seed
+from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -135,8 +135,7 @@ class Config:
             yield "streaming: a stream has no end; say in max_steps after how many optimizer steps to stop"
         if self.nf4 and self.fp8:
             yield "nf4, fp8: the base has one format; leave one of the sections out"
-        if self.routing.bias_speed:
-            yield "routing.bias_speed: it changes the base, which LoRA freezes; use routing.balance or full_finetune"
+        yield from self.routing.problems(frozen=True)
         if self.eval_every and not self.dataset_eval and not self.exact_match:
             yield "eval_every: there is nothing to evaluate; give dataset_eval or exact_match"
         if not self.export:
@@ -252,13 +251,7 @@ def train(config: Config, run: Run, world: World) -> None:
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)
-    plan = settle(
-        model,
-        found,
-        lambda tokens, labels, positions: model(tokens, positions, head=partial(nll_sum, labels=labels)),
-        keep=keep,
-        **shape,
-    )
+    plan = settle(model, found, by_head(model, nll_sum), keep=keep, **shape)
 
     how = {
         "batch_size": plan.rows,
@@ -355,14 +348,8 @@ def train(config: Config, run: Run, world: World) -> None:
                 progress.update(step, row)
             if saves:
                 with meter.paused():
-                    parts = {
-                        "model": state.trainable(model),
-                        "optimizer": state.optimizer_tree(model, optimizer),
-                        "loader": loader.state_dict(),
-                        "guard": guard.state_dict(),
-                        "rng": rng_state(),
-                        "plan": plan.setting,
-                    }
+                    others = {"loader": loader.state_dict(), "guard": guard.state_dict(), "plan": plan.setting}
+                    parts = state.everything(model, optimizer, **others)
                     saver.save(step, parts, score=row.get("eval_loss"))  # copies; training goes on while it writes
                     draw_loss(read_rows(metrics.path), run.path / "loss.png", title=run.path.name)
             if stops:

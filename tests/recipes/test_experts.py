@@ -14,7 +14,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
 from torchft import models
+from torchft.modules import moe
 from torchft.training.metrics import read_rows
+from torchft.training.routing import Routing
 
 SIZES = {"vocab_size": 1216, "num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 128, "head_dim": 64}
 QUIET = ("packed=true", "epochs=1", "save_every=null")
@@ -92,6 +94,39 @@ def test_a_run_that_resumes_is_the_same_run(moe_settings, tmp_path, monkeypatch)
 def test_bias_speed_is_refused_where_the_base_is_frozen(moe_settings, tmp_path):
     with pytest.raises(Exception, match=r"routing.bias_speed: it changes the base, which LoRA freezes"):
         run("lora_finetune", moe_settings, tmp_path / "out", "routing.bias_speed=0.001")
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward_modeling", "knowledge_distillation", "grpo", "ppo"])
+def test_routing_after_sft(moe_settings, pairs, tmp_path, monkeypatch, recipe):
+    """Over the micro-steps of a step the loss has its weight once, and what is counted is the tokens that are trained:
+    not those that a reference, a teacher, the critic's first look or the generator read."""
+    source, base = {"source": str(pairs)}, ours_base(moe_settings)
+    rollout = {"prompts_per_step": 4, "group_size": 2, "sampling": {"max_new_tokens": 8}}
+    rollout["rewards"] = [{"reward": {"_component_": "torchft.rl.rewards.length", "high": 4}}]
+    own = {name: {"prompts": source, "rollout": rollout, "kl_coef": 0.1} for name in ("grpo", "ppo")}
+    own |= {name: {"dataset": source} for name in ("dpo", "reward_modeling")}
+    own["knowledge_distillation"] = {"teacher_dir": base}
+    settings = json.loads(moe_settings.read_text()) | {"seq_len": 256, "recompute": "none"} | own[recipe]
+    if "rollout" in settings:
+        del settings["dataset"], settings["gradient_accumulation_steps"]
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))
+    calls, weights, counts, end = [], [], [], Routing.end_of_step
+    monkeypatch.setattr(moe, "balance_loss", lambda *args: calls.append(1) or args[0].sum())
+
+    def seen(self):
+        weights.append(len(calls) * self._layers[0].balance)
+        counts.append(int(self._step.sum()))
+        calls.clear()
+        end(self)
+
+    monkeypatch.setattr(Routing, "end_of_step", seen)
+    options = ("max_steps=2", "save_every=null", "routing.balance=0.3")
+    folder = recipe_runs.train(recipe_runs.load_recipe(recipe), file, tmp_path / "out", *options)
+    assert weights == pytest.approx([0.3] * len(weights)) and len(weights) == (4 if recipe == "ppo" else 2)
+    rows = read_rows(folder / "metrics.jsonl")
+    num_layers = len(models.load(base).layers)
+    assert sum(counts) == sum(row["tokens"] for row in rows) * 2 * num_layers and rows[-1]["expert_load"] >= 1
 
 
 def part_of(settings, folder, overrides):

@@ -100,9 +100,10 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # [t, d]
         logits = self.router(flat)  # [t, e]
         weights, chosen = self.router.choose(logits)  # [t, k]
-        if self.counts is not None and self.training:
+        learns = self.training and torch.is_grad_enabled()
+        if self.counts is not None and learns:
             self.counts.add_(expert_counts(chosen, logits.shape[1]))
-        if self.balance and self.training:
+        if self.balance and learns:
             loss = balance_loss(self.router.probabilities(logits), chosen)
             weights = _WithLoss.apply(weights, self.balance * loss)
         out = self._routed(flat, weights.type_as(x), chosen)

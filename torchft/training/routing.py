@@ -32,9 +32,18 @@ class RoutingConfig:
     bias_speed: Annotated[float, Range(min=0)] = 0.0  # by which a step moves the routers' correction towards an even
     # load (DeepSeek V3, GLM 4.5; pre-training used 0.001)
 
+    def problems(self, *, frozen: bool) -> list[str]:
+        """For a recipe's ``conflicts``. ``frozen``: the base is, and adapters are trained."""
+        if frozen and self.bias_speed:
+            return [
+                "routing.bias_speed: it changes the base, which LoRA freezes; use routing.balance or leave lora out"
+            ]
+        return []
+
 
 class Routing:
-    """Counts the tokens of each expert in each layer, in training. Micro-steps that recompute count twice: all alike.
+    """Counts the tokens of each expert in each layer, in training forwards: not in those without gradient, as of a
+    reference. Micro-steps that recompute count twice: all alike.
 
     The loss is per layer, as Switch defines it, and ``balance`` weighs its mean over layers. (transformers averages
     shares and probabilities over layers before it multiplies them: the same for one layer.)

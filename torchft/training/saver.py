@@ -2,8 +2,7 @@
 
     with Saver(run.path, run.id, keep_last=2, own=("rng",)) as saver:
         ...
-        parts = {"model": trainable(model), "optimizer": optimizer_tree(model, optimizer), ..., "rng": rng_state()}
-        saver.save(step, parts)
+        saver.save(step, state.everything(model, optimizer, loader=loader.state_dict(), ...))
 
 ``save`` copies tensors to host memory. A thread then writes, hashes and syncs them, and commits: of several ranks each
 writes its parts of sharded tensors, the main one all else, the manifest, and the rename, once all are done. The threads

@@ -12,11 +12,19 @@ from torch.optim import Optimizer
 
 from torchft.errors import UserError
 from torchft.ranks import is_sharded, local, region, sharded_like
+from torchft.training.seed import rng_state
 from torchft.training.shards import TensorFolder
 from torchft.training.tree import unflatten
 from torchft.weights import WeightFiles
 
 PIECE = 1024  # values of a tensor that a fingerprint looks at, at its start, middle and end
+
+
+def everything(model: nn.Module, optimizer: Optimizer, **others: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a checkpoint holds, for `Saver.save`: what is trained, ``others``, and this rank's random state, which
+    is its own."""
+    held = {"model": trainable(model), "optimizer": optimizer_tree(model, optimizer), "rng": rng_state()}
+    return {**held, **others}
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def settle(
             plan.setting,
         )
     return plan
+
+
+def by_head(model: Decoder, head: Callable[..., Tensor]) -> Step:
+    """For `settle`: the sum of what ``head(hidden, project, labels=labels)`` gives."""
+    return lambda tokens, labels, positions: model(tokens, positions, head=partial(head, labels=labels)).sum()
 
 
 def _first_that_runs(
