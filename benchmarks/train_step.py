@@ -34,6 +34,7 @@ from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.data.packing import pack
 from torchft.losses.likelihood import IGNORE, nll_sum
+from torchft.models.shallow import build_shallow
 from torchft.ranks import gather, is_main, local
 from torchft.training.compile import compiled
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, init, sum_gradients
@@ -65,7 +66,8 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying")
     parser.add_argument("--no-clip", action="store_true", help="no gradient norm")
     parser.add_argument("--in-backward", action="store_true", help="full: step each weight as its gradient comes")
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear layers but lm_head")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--targets", help="of LoRA, by comma; else all linear layers but lm_head")
     parser.add_argument("--steps", type=int, default=10, help=f"timed, after {WARM}")
     parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes")
     parser.add_argument("--device", default="auto")
@@ -91,7 +93,7 @@ def measure(given: argparse.Namespace, world: World) -> None:
     torch.manual_seed(world.data_rank)
     model = models.build(given.model)
     if given.layers:
-        model = models.build(model.hub_format.config_json | {"num_hidden_layers": given.layers})
+        model = build_shallow(model.hub_format.config_json, given.layers)
     model = model.to(torch.bfloat16)
     if given.method == "qlora":
         apply_nf4(model, NF4Config())
@@ -100,7 +102,8 @@ def measure(given: argparse.Namespace, world: World) -> None:
     if given.method == "fp8-full":
         apply_fp8_training(model, FP8TrainingConfig(), device=device)
     if not given.method.endswith("full"):
-        apply_lora(model, LoRAConfig(rank=given.rank, alpha=2 * given.rank))
+        targets = {"targets": given.targets.split(",")} if given.targets else {}
+        apply_lora(model, LoRAConfig(rank=given.rank, alpha=2 * given.rank, **targets))
         fuse_lora(model)
     packed = given.lengths != "full"
     plan, *_ = plans(
