@@ -18,7 +18,9 @@ def build_shallow(config_json: dict[str, Any], num_layers: int) -> Decoder:
     if not isinstance(whole, int) or not 1 <= num_layers <= whole:
         raise UserError(f"num_layers: {num_layers} of {whole} blocks; keep at least 1, and no more than there are")
     lists = {key: v[:num_layers] for key, v in config_json.items() if isinstance(v, list) and len(v) == whole}
-    model = build(config_json | lists | {"num_hidden_layers": num_layers})
+    counts = {key: min(config_json[key], num_layers) for key in ("first_k_dense_replace",) if config_json.get(key)}
+    places = {key: [i for i in config_json[key] if i < num_layers] for key in ("moe_layers",) if config_json.get(key)}
+    model = build(config_json | lists | counts | places | {"num_hidden_layers": num_layers})
     names = model.hub_format.names
     rest = "|".join(str(i) for i in range(num_layers, whole))
     if rest:
