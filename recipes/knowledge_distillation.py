@@ -40,6 +40,7 @@ from torchft.models.shallow import build_shallow
 from torchft.modules.decoder import Decoder
 from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
+from torchft.rl.rewrite import RewriteConfig, Writers
 from torchft.tokenizers.compare import check_same_tokens
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed, state
@@ -87,7 +88,8 @@ class Config:
     temperature: Annotated[float, Range(above=0)] = 1.0  # of both distributions; above 1 unlikely words count for more
     teacher_top_k: Annotated[int, Range(min=1)] | None = None  # write its likeliest words of every token once, then
     # train without it; null: it runs with each batch
-    kd_weight: Annotated[float, Range(min=0, max=1)] = 1.0  # of the divergence; the rest is of the data's own tokens
+    kd_weight: Annotated[float, Range(min=0, max=1)] = 1.0  # of the divergence; the rest is of the answers' own tokens
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)  # answers by the student (GKD) or by the teacher
 
     # Data
     dataset: Dataset | None = None
@@ -149,6 +151,9 @@ class Config:
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
         if self.parallel.tp * self.parallel.cp > 1:
             yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
+        yield from self.rewrite.problems()
+        if self.rewrite.is_asked and (self.teacher_top_k or self.parallel.ep > 1):
+            yield "rewrite: teacher_top_k knows no other answers, and spread experts write none; leave them out"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
@@ -206,17 +211,20 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
 
 
 @torch.no_grad()
-def evaluate_both(model: Decoder, teacher: Teacher, loader: Loader, world: World) -> Row:
-    """Means over the supervised tokens of all of ``loader``, of all ranks: the data's NLL, and the divergence."""
+def evaluate_both(model: Decoder, teacher: Teacher, writers: Writers, loader: Loader, world: World) -> Row:
+    """Means over the supervised tokens of all of ``loader``, of all ranks: the data's NLL, and the divergence; that of
+    answers that the student writes itself, where training has them."""
     model.eval()
-    sums, supervised = torch.zeros(2, device=world.device, dtype=torch.float64), 0
-    for batch in loader:
-        batch = batch.to(world.device)
-        sums += torch.stack([teacher.distill(model, batch, kd_weight=weight) for weight in (0.0, 1.0)])
-        supervised += batch.all_supervised
+    batches = [batch.to(world.device) for batch in loader]
+    measured = {"eval_loss": (batches, 0.0), "eval_divergence": (batches, 1.0)}
+    if writers.student_writes:
+        measured["eval_own_divergence"] = (writers.held_out(batches), 1.0)
+    row: Row = {}
+    for name, (own, kd_weight) in measured.items():
+        total = sum(teacher.distill(model, batch, kd_weight=kd_weight).double() for batch in own)
+        row[name] = world.sum(total).item() / sum(batch.all_supervised for batch in own)
     model.train()
-    nll, divergence = (world.sum(sums) / supervised).tolist()
-    return {"eval_loss": nll, "eval_divergence": divergence}
+    return row
 
 
 def main(config: Config) -> None:
@@ -269,6 +277,7 @@ def train(config: Config, run: Run, world: World) -> None:
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
+    writers = Writers(config.rewrite, model, larger, tokenizer, samples=loader.samples, batches=how, world=world)
     eval_loader = Loader(held_out, shuffle=False, **how) if held_out else None
     total_steps = loader.num_steps(micro_steps, epochs=config.epochs, max_steps=config.max_steps)
     how_far = {"divergence": config.divergence.build, "temperature": config.temperature, "vocab_size": vocab_size}
@@ -303,7 +312,7 @@ def train(config: Config, run: Run, world: World) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     guard = Guard(config.guard)
     if eval_loader and step == 0:
-        metrics.write({"step": 0, **evaluate_both(model, eval_teacher, eval_loader, world)})
+        metrics.write({"step": 0, **evaluate_both(model, eval_teacher, writers, eval_loader, world)})
     if saved:
         guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
@@ -318,13 +327,16 @@ def train(config: Config, run: Run, world: World) -> None:
     ):
         while step < total_steps:
             window = loader.take(micro_steps)  # fewer where an epoch ends
-            supervised = sum(batch.all_supervised for batch in window)  # of all ranks
             world.begin_step(step)
+            author = writers.author(step)
+            window = writers.rewrite(author, window, step=step)
+            supervised = sum(batch.all_supervised for batch in window)  # of all ranks
+            kd_weight = 1.0 if author == "student" else config.kd_weight  # what it writes itself is no example
             lr = float(optimizer.param_groups[0]["lr"])
 
             own_loss = torch.zeros((), device=world.device)
             for batch in window:
-                total = teacher.distill(model, batch, kd_weight=config.kd_weight)
+                total = teacher.distill(model, batch, kd_weight=kd_weight)
                 micro_loss = total / supervised  # of the whole window: accumulation does not change the gradient
                 micro_loss.backward()
                 own_loss += micro_loss.detach()
@@ -345,11 +357,11 @@ def train(config: Config, run: Run, world: World) -> None:
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row()
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | writers.row()
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row |= evaluate_both(model, eval_teacher, eval_loader, world)
+                        row |= evaluate_both(model, eval_teacher, writers, eval_loader, world)
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)

@@ -21,10 +21,12 @@ from recipe_runs import (
 )
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from trl.experimental.gkd import GKDTrainer
 
-from torchft import models, shipped
+from torchft import models, shipped, tokenizers
 from torchft.errors import UserError
 from torchft.models.shallow import build_shallow
+from torchft.rl.rewrite import Writers
 from torchft.training import reference
 from torchft.training import teacher as teacher_module
 from torchft.training.metrics import read_rows
@@ -84,6 +86,106 @@ def test_resume_is_bit_exact(distill, tmp_path, monkeypatch, no_picture):
             distill(tmp_path / "parts", *options)
     parts = distill(tmp_path / "parts", *options)
     assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+def rewritten(monkeypatch):
+    """What `Writers.rewrite` gives, as it is asked."""
+    found, rewrite = [], Writers.rewrite
+    monkeypatch.setattr(Writers, "rewrite", lambda *args, **kwargs: found.append(rewrite(*args, **kwargs)) or found[-1])
+    return found
+
+
+def greedy(model, batch, tokenizer):
+    """What transformers says after each row's question, with the question, as ids; and how long that is."""
+    found = []
+    for tokens, labels in zip(batch.tokens, batch.labels):
+        question = tokens[: int((labels != -100).nonzero()[0]) + 1]
+        limits = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(tokenizer.stop_ids)}
+        limits["suppress_tokens"] = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
+        whole = model.generate(question[None], attention_mask=torch.ones_like(question)[None], **limits)[0]
+        found.append((len(question), whole))
+    return found
+
+
+@pytest.mark.parametrize(("author", "beta"), [("student", 0.3), ("teacher", 1.0), ("teacher", None)])
+def test_other_answers_are_learned_as_transformers_and_trl_do(
+    distill, base, teacher, tmp_path, no_picture, monkeypatch, author, beta
+):
+    """Greedy answers are transformers' own, of the student as it is then; the loss on them is TRL's, on the student's
+    without what the data's likelihood weighs, or without a beta their likelihood: sequence-level distillation."""
+    seen = rewritten(monkeypatch)
+    options = [f"rewrite.{author}_share=1", "rewrite.sampling={temperature: 0.0, max_new_tokens: 9}", "temperature=2.0"]
+    kd = f"divergence={{_component_: torchft.losses.distill.jensen_shannon, beta: {beta or 0.5}}}"
+    weight = 0.0 if beta is None or author == "student" else 1.0
+    run = distill(tmp_path / "run", *EPOCH, *options, kd, f"kd_weight={weight}", "epochs=3", "clip_grad_norm=0.5")
+    student, other = hub_model(base), hub_model(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    tokenizer, lengths = tokenizers.load(base), set()
+    for row, [batch] in zip(rows(run), seen, strict=True):
+        want = greedy(student if author == "student" else other, batch, tokenizer)
+        for (start, answer), tokens, labels in zip(want, batch.tokens, batch.labels, strict=True):
+            assert torch.equal(tokens[: len(answer)], answer) and tokens[len(answer) :].eq(tokenizer.pad_id).all()
+            assert labels[start - 1 : len(answer) - 1].equal(answer[start:])
+            assert (labels != -100).sum() == len(answer) - start
+            lengths.add(len(answer))
+        mask = (torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+        words, known = (m(batch.tokens, attention_mask=mask).logits[..., :1216] for m in (student, other))
+        if beta is None:
+            loss = F.cross_entropy(words.flatten(0, 1), batch.labels.flatten())
+        else:
+            loss = GKDTrainer.generalized_jsd_loss(words, known.detach(), batch.labels, beta=beta, temperature=2.0)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert len(lengths) > 5
+
+
+GKD = ["rewrite.student_share=0.5", "rewrite.teacher_share=0.2", "rewrite.sampling={max_new_tokens: 12}"]
+
+
+def test_packed_answers_train_what_padded_ones_do(distill, tmp_path, no_picture):
+    options = [*EPOCH, *GKD, REVERSE, "epochs=4"]
+    padded, packed = (distill(tmp_path / p, *options, f"packed={p}") for p in ("false", "true"))
+    assert (losses(packed) - losses(padded)).abs().max() < 1e-5
+    assert largest_difference(weights(packed), weights(padded)) < 1e-6
+
+
+def test_resume_with_answers_is_bit_exact(distill, data, tmp_path, monkeypatch, no_picture):
+    held_out = f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {data}, max_rows: 5}}"
+    options = [LORA, *GKD, held_out, "eval_every=2", "packed=true", "batch_size=1", "save_every=1", "nf4={}"]
+    whole = distill(tmp_path / "whole", *options)
+    for step in (1, 3):
+        with interrupted(monkeypatch, step):
+            distill(tmp_path / "parts", *options)
+    parts = distill(tmp_path / "parts", *options)
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+    ours, want = (read_rows(run / "metrics.jsonl") for run in (parts, whole))
+    for name in ("eval_own_divergence", "response_tokens", "ended/length"):
+        assert [row.get(name) for row in ours] == [row.get(name) for row in want]
+        assert any(row.get(name) for row in want)
+    assert any("response_tokens" not in row for row in want[1:])  # a step of the data's own answers
+
+
+def test_answers_on_two_ranks_are_those_of_one_process(distill, kd_settings, tmp_path, no_picture):
+    options = ["epochs=2", "gradient_accumulation_steps=1", SGD, CONSTANT, *GKD]
+    alone = distill(tmp_path / "alone", *options, "batch_size=4")
+    run_ranks(part, 2, kd_settings, tmp_path / "together", [*options, "batch_size=2"])
+    assert (losses(tmp_path / "together") - losses(alone)).abs().max() < 1e-5
+    assert largest_difference(weights(tmp_path / "together"), weights(alone)) < 1e-5
+    ours, want = (read_rows(run / "metrics.jsonl") for run in (tmp_path / "together", alone))
+    assert [row.get("response_tokens") for row in ours] == [row.get("response_tokens") for row in want]
+
+
+def test_what_rewriting_refuses(distill, tmp_path):
+    for options, message in (
+        (["rewrite={student_share: 0.6, teacher_share: 0.6}"], "rewrite: student_share and teacher_share are of the"),
+        (["rewrite.student_share=0.5", "teacher_top_k=8"], "rewrite: teacher_top_k knows no other answers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(tmp_path / "run", *options)
 
 
 def part(settings, output_dir, overrides):
@@ -165,6 +267,14 @@ def test_the_demo_in_short(tmp_path):
     assert ends[1.0]["eval_divergence"] < 0.7 * before["eval_divergence"]
     assert ends[1.0]["eval_divergence"] < 0.5 * ends[0.0]["eval_divergence"]
     assert ends[0.0]["eval_loss"] < 0.5 * ends[1.0]["eval_loss"]
+
+
+def test_the_demo_of_gkd_in_short(tmp_path):
+    """Half of the steps learn from the student's answers, and those that it gives come nearer to the teacher's."""
+    short = ["max_steps=16", "log_every=16", "dataset_eval.max_rows=40", "batch_size=2", "divergence.beta=0.0"]
+    run = train(load_recipe("knowledge_distillation"), shipped.find_config("demo/gkd"), tmp_path / "run", *short)
+    before, after = read_rows(run / "metrics.jsonl")
+    assert after["eval_own_divergence"] < 0.6 * before["eval_own_divergence"] and 1 < after["response_tokens"] < 16
 
 
 def test_golden_losses(distill, tmp_path, no_picture):

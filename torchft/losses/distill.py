@@ -37,8 +37,11 @@ def symmetric_kl(student_logps: Tensor, teacher_logps: Tensor, *, reverse_weight
 
 
 def jensen_shannon(student_logps: Tensor, teacher_logps: Tensor, *, beta: float = 0.5) -> Tensor:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, 0 < beta < 1:
-    https://arxiv.org/abs/2306.13649, eq. 1. Never above ln 2."""
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student, never above ln 2:
+    https://arxiv.org/abs/2306.13649, eq. 1. At 0 and 1, where that vanishes, what it is in proportion to beta and
+    1 - beta near there: `forward_kl` and `reverse_kl`."""
+    if beta in (0.0, 1.0):
+        return reverse_kl(student_logps, teacher_logps) if beta else forward_kl(student_logps, teacher_logps)
     mixture = torch.logaddexp(student_logps + math.log1p(-beta), teacher_logps + math.log(beta))
     return beta * forward_kl(mixture, teacher_logps) + (1 - beta) * forward_kl(mixture, student_logps)
 

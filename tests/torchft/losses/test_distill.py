@@ -43,7 +43,7 @@ def test_divergences_are_kl_div():
     assert forward_kl(s, s).abs().max() <= 1e-10 and jensen_shannon(s, s).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.2, 3.0)])
+@pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.2, 3.0), (0.0, 1.0), (1.0, 2.0)])
 def test_jensen_shannon_is_trls(beta, temperature):
     theirs = GKDTrainer.generalized_jsd_loss(
         STUDENT[None], TEACHER[None], beta=beta, temperature=temperature, reduction="sum"
