@@ -27,8 +27,10 @@ def weights(q, k, scale, left):
 
 def flash_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, debug, *, scale=None, window_size_left=None,
-    window_size_right=None, **_
+    window_size_right=None, seqused_k=None, **_
 ):  # fmt: skip
+    if seqused_k is not None:
+        return flash_decode(q, k, v, cu_q, cu_k, seqused_k, scale, window_size_left)
     assert is_causal and window_size_right == 0 and dropout == 0
     rows = [x if cu_q is None else x[None] for x in (q, k, v)]
     assert cu_q is None or all(b - a <= max_q for _, a, b in spans(q, cu_q)), "a sequence longer than max_q"
@@ -42,6 +44,19 @@ def flash_forward(
         lse[r, :, a:b] = scores.logsumexp(-1).float()
     state = torch.zeros(2, dtype=torch.uint64)
     return (out if cu_q is None else out[0]), (lse if cu_q is None else lse[0]), state, torch.empty(0), torch.empty(0)
+
+
+def flash_decode(q, k, v, cu_q, cu_k, used, scale, left):
+    """One query per row, the last of the keys used, which begin at ``cu_k``."""
+    assert cu_q.tolist() == list(range(len(q) + 1)) and used.dtype == torch.int32
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    for r, (start, count) in enumerate(zip(cu_k.tolist(), used.tolist())):
+        first = start if left < 0 else max(start, start + count - 1 - left)
+        k1, v1 = (x[first : start + count].double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("hc,khc->hk", q[r].double(), k1) * scale
+        out[r] = torch.einsum("hk,khc->hc", scores.softmax(-1), v1).to(q.dtype)
+        lse[:, r] = scores.logsumexp(-1).float()
+    return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
 
 def flash_backward(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchft.config import Range
@@ -89,20 +90,38 @@ def sample(
     logits = logits.float()
     is_greedy = rules.temperature == 0
     temperature = torch.where(is_greedy, 1.0, rules.temperature)[:, None]
+    logps = (logits / temperature).log_softmax(-1)
     allowed = logits
     if seen is not None:
         penalty = rules.penalty[:, None]
         allowed = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if vocab_size < logits.shape[1]:
-        allowed = allowed.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= vocab_size, -torch.inf)
-    scaled = allowed / temperature
+    best = allowed[:, :vocab_size].argmax(-1)
     if filtered:
-        scaled = _filtered(scaled, rules)
-    sums = scaled.softmax(-1).cumsum(-1)
-    at = uniform(rules.seed, draws)[:, None] * sums[:, -1:]
-    drawn = torch.searchsorted(sums, at, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
-    token = torch.where(is_greedy, allowed.argmax(-1), drawn)
-    return token, (logits / temperature).log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+        if vocab_size < logits.shape[1]:
+            allowed = allowed.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= vocab_size, -torch.inf)
+        probs = _filtered(allowed / temperature, rules).softmax(-1)
+    else:
+        probs = (logps if seen is None else (allowed / temperature).log_softmax(-1)).exp()
+    token = torch.where(is_greedy, best, _drawn(probs[:, :vocab_size], uniform(rules.seed, draws)[:, None]))
+    return token, logps.gather(1, token[:, None]).squeeze(1)
+
+
+def _drawn(probs: Tensor, at: Tensor) -> Tensor:
+    """[b]: where the sums of weights ``probs`` [b, v] along a row pass the share ``at`` [b, 1] of their total.
+
+    First in which of about sqrt(v) parts, then where in it: sums along all of a vocabulary take a GPU longer than the
+    softmax.
+    """
+    width = 1 << (probs.shape[1].bit_length() + 1) // 2
+    parts = F.pad(probs, (0, -probs.shape[1] % width)).unflatten(1, (-1, width))  # [b, parts, width]
+    sums = parts.sum(-1).cumsum(-1)
+    at = at * sums[:, -1:]
+    part = torch.searchsorted(sums, at, right=True).clamp_max(sums.shape[1] - 1)  # [b, 1]
+    before = sums.gather(1, (part - 1).clamp_min(0)).where(part > 0, 0.0)
+    within = parts.gather(1, part[..., None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [b, width]
+    last = torch.nextafter(within[:, -1:], torch.zeros_like(at))  # sums in two orders differ in their last bits
+    place = torch.searchsorted(within, torch.minimum(at - before, last), right=True)
+    return (part * width + place).squeeze(1).clamp_max(probs.shape[1] - 1)
 
 
 def uniform(seeds: Tensor, draws: Tensor) -> Tensor:

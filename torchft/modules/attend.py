@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from torchft.modules.fused_attention import fused_attention
+from torchft.modules.fused_attention import cached_attention, fused_attention
 from torchft.modules.masks import Visible
 
 
@@ -35,6 +35,10 @@ def attend(
     if seen.kernel == "flex":
         return _flex(q, k, v, seen, scale, soft_cap, sinks)
     assert soft_cap is None, "a layer with capped scores needs Sight(soft_cap=True)"
+    if seen.kernel == "cached":
+        assert seen.lengths is not None
+        cached: Tensor = cached_attention(q, k, v, seen.lengths, scale, seen.window, sinks)
+        return cached
     if seen.chunks:
         parts = [
             fused_attention(part, k, v, "flash", scale, seen.window, *chunk, sinks)[0]
@@ -48,6 +52,8 @@ def attend(
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None, sinks: Tensor | None
 ) -> Tensor:
+    if mask is not None:
+        k, v = k[:, : mask.shape[-1]], v[:, : mask.shape[-1]]  # of a cache, the slots that are looked at
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, h, s, c]
     if k.shape[1] != q.shape[1]:  # enable_gqa would do the same, and keep fp32 from the kernel that saves memory
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

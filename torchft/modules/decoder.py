@@ -213,11 +213,12 @@ class Decoder(nn.Module):
         self, x: Tensor, positions: Tensor | None, documents: tuple[int, int] | None, cache: KVCache | None
     ) -> dict[Sight, Visible]:
         """What each kind of layer sees of this batch."""
-        kinds = set(self.sights)
+        kinds, dim = set(self.sights), self.config.head_dim
         if cache is not None and cache.num_slots is not None:
             assert positions is not None, "a cache needs positions"
-            return {sight: visible_in_cache(positions, cache.num_slots, sight) for sight in kinds}
-        dim, shards = self.config.head_dim, self.shards if cache is None else None
+            slots = cache.num_slots
+            return {sight: visible_in_cache(x, sight.head_dim or dim, sight, positions, slots) for sight in kinds}
+        shards = self.shards if cache is None else None
         return {sight: visible(x, sight.head_dim or dim, sight, positions, documents, shards) for sight in kinds}
 
 

@@ -72,7 +72,8 @@ class GatedDeltaNet(nn.Module):
         qkv, z, beta, a = self._project(x)
         where, gates = positions, torch.cat((beta, a), dim=-1)
         if cache is not None:
-            qkv, gates = (y[:, :, 0] for y in cache.update(positions, qkv[:, :, None], gates[:, :, None]))
+            held = cache.update(positions, qkv[:, :, None], gates[:, :, None])
+            qkv, gates = (y[:, : cache.seen, 0] for y in held)
             where = torch.arange(qkv.shape[1], device=x.device).expand(b, -1)  # of slots, all of one document
         beta, a = gates.chunk(2, dim=-1)  # [b, t, h]
         keys = self.num_key_heads * self.key_dim

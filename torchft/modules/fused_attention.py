@@ -96,6 +96,45 @@ def fused_attention_backward(
     return dq, dk, dv, -(share * (grad.float() * out.float()).sum(-1)).sum((0, 1))
 
 
+@torch.library.custom_op("torchft::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Of one query per row, q [b, 1, h, c], over the first ``lengths`` [b] int32 slots of k, v [b, slots, k, c], of
+    which the last is its own -> [b, 1, h, c]. ``window`` and ``sinks`` as in `fused_attention`. Without gradient."""
+    b, slots = k.shape[:2]
+    ends = torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    # Not "causal", which says nothing new of a last query: only then the kernel reads keys once for all heads that
+    # share them, and splits long rows.
+    left, right = (-1, -1) if window is None else (window - 1, 0)
+    out, lse = aten._flash_attention_forward(
+        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends * slots, 1, slots, 0.0, False, False,
+        scale=scale, window_size_left=left, window_size_right=right, seqused_k=lengths,
+    )[:2]  # fmt: skip
+    if sinks is not None:  # lse [h, b]
+        out = (out * torch.sigmoid(lse - sinks.float()[:, None]).T[..., None]).to(q.dtype)
+    return out.view(q.shape)
+
+
+@cached_attention.register_fake
+def _cached_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def _flat(
     *rows: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, sizes: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, int, int]:

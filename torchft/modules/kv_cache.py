@@ -17,7 +17,7 @@ class LayerCache:
         self.v: Tensor | None = None
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [b, s, k, c] at ``positions`` [b, s] of the first b rows; what these now hold, [b, seen, k, c]."""
+        """Store k, v [b, s, k, c] at ``positions`` [b, s] of the first b rows; these, [b, slots, k, c]."""
         if self.num_slots is None:
             self.k, self.v = k, v
             return k, v
@@ -26,7 +26,7 @@ class LayerCache:
             self.k, self.v = (x.new_zeros(b, self.num_slots, *x.shape[2:]) for x in (k, v))
         rows = torch.arange(b, device=positions.device)[:, None]
         self.k[rows, positions], self.v[rows, positions] = k, v
-        return self.k[:b, : self.seen], self.v[:b, : self.seen]
+        return self.k[:b], self.v[:b]
 
     def copy_rows(self, other: "LayerCache", source: Tensor, target: Tensor, *, num_rows: int) -> None:
         """Rows ``source`` [n] of ``other`` become rows ``target`` [n] of ``num_rows``. A source may have many targets.

@@ -38,7 +38,7 @@ class Visible(NamedTuple):
     Its tensors have the same shapes for every packing of b rows of s tokens, so compiled blocks do not recompile.
     """
 
-    kernel: str = "dense"  # "dense", "flash", "cudnn" or "flex"
+    kernel: str = "dense"  # "dense", "flash", "cudnn", "flex" or "cached"
     window: int | None = None  # of the flash kernel; the other kinds hold it in their mask
     cu_seqlens: Tensor | None = None  # [b * s + 1] int32: where each document (chunk) starts in [b * s], then b * s
     sizes: Tensor | None = None  # [2] int64 on the CPU: (an upper bound of) their number and the tokens of the longest
@@ -46,6 +46,7 @@ class Visible(NamedTuple):
     blocks: BlockMask | None = None  # flex
     shards: TokenShards | None = None  # queries are a part of the rows, keys and values come from the other ranks too
     chunks: tuple[Chunk, ...] = ()  # flash: where the parts of the queries lie
+    lengths: Tensor | None = None  # cached: [b] int32, slots of a KV cache up to the row's one query
 
 
 def visible(
@@ -94,8 +95,11 @@ def visible(
     return found
 
 
-def visible_in_cache(positions: Tensor, num_slots: int, sight: Sight) -> Visible:
-    """For queries at ``positions`` [b, s] of a KV cache whose slot number is the position: slots up to their own."""
+def visible_in_cache(x: Tensor, head_dim: int, sight: Sight, positions: Tensor, num_slots: int) -> Visible:
+    """For rows x [b, s, d] at ``positions`` [b, s] of a KV cache whose slot number is the position: slots up to their
+    own, of the first ``num_slots``."""
+    if x.shape[1] == 1 and sight.chunk is None and _kernel(x, head_dim, sight.soft_cap) in ("flash", "cudnn"):
+        return Visible("cached", sight.window, lengths=positions[:, 0].int() + 1)
     slots = torch.arange(num_slots, device=positions.device)
     delta = positions[:, :, None] - slots
     mask = delta >= 0 if sight.window is None else (delta >= 0) & (delta < sight.window)  # [b, s, slots]

@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
         key = apply_rope(key[:, :, None], cos, sin, interleaved=self.interleaved)  # [b, s, 1, r]
         if cache is not None:
             assert positions is not None
-            latent, key = cache.update(positions, latent, key)
+            latent, key = (y[:, : cache.seen] for y in cache.update(positions, latent, key))
         t = latent.shape[1]
         kv = self.kv_b_proj(latent).view(b, t, self.num_heads, -1)  # [b, t, h, n + c]
         plain, v = kv.split((self.plain_dim, self.value_dim), dim=-1)

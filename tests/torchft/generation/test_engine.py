@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import cpu_kernels
 import pytest
 import torch
 from families import CASES
@@ -14,6 +15,9 @@ from torchft.generation.engine import Engine
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling
 from torchft.losses.likelihood import token_logps
+from torchft.modules import attend as attend_file
+from torchft.modules import masks
+from torchft.modules.fused_attention import cached_attention
 
 LENGTHS = (5, 33, 1, 17, 60, 16, 2)
 PROMPTS = [tokens(1, n, seed=n, vocab_size=97)[0].tolist() for n in LENGTHS]
@@ -194,6 +198,19 @@ def test_release_frees_the_cache(model):
     runs.release()
     assert all(layer.k is None for layer in runs._slots.cache.layers)
     assert [c.tokens for c in runs.complete(requests())] == want
+
+
+@pytest.mark.parametrize("family", ["llama3.3_mqa", "gpt_oss", "deepseek_v3", "gemma3", "qwen3_next"])
+def test_the_kernel_that_reads_a_cache_finds_the_same(family, tmp_path, monkeypatch):
+    transformers_model(**CASES[family]).save_pretrained(tmp_path)
+    model = models.load(tmp_path, dtype=torch.float32)
+    want = engine(model).complete(requests(temperature=0.0))
+    kinds = []
+    with cpu_kernels.installed():
+        monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
+        monkeypatch.setattr(attend_file, "cached_attention", lambda *args: kinds.append(1) or cached_attention(*args))
+        found = engine(model).complete(requests(temperature=0.0))
+    assert kinds and [c.tokens for c in found] == [c.tokens for c in want]
 
 
 @pytest.mark.gpu

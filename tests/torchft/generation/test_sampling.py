@@ -131,3 +131,22 @@ def test_nan_logits_give_nan():
     x[0, 3] = float("nan")
     _, logp = drawn(x, Sampling(top_p=0.9), seeds=[0, 1])
     assert logp.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("v", [1, 2, 3, 64, 1000, 5003])
+def test_a_draw_is_where_the_sums_pass_it(v):
+    """As found in fp64 at one go; words without probability are never drawn, whatever the rounding."""
+    generator = torch.Generator().manual_seed(v)
+    probs = torch.rand(400, v, generator=generator) ** 8
+    probs[torch.rand(400, v, generator=generator) < 0.5] = 0.0
+    probs[:, v // 2] = 0.3
+    probs[:100, v // 2 + 1 :] = 0.0  # the last parts hold nothing
+    at = torch.rand(400, 1, generator=generator) * (1 - 2**-22)
+    at[::7], at[1::7] = 0.0, 1 - 2**-23
+    token = sampling._drawn(probs, at)
+    assert (probs.gather(1, token[:, None]) > 0).all()
+    sums = probs.double().cumsum(-1)
+    want = torch.searchsorted(sums, at.double() * sums[:, -1:], right=True).squeeze(1)
+    off = (token != want).nonzero().flatten()
+    low, high = (torch.minimum(token, want)[off], torch.maximum(token, want)[off])
+    assert len(off) < 4 and (sums[off, high - 1] - sums[off, low]).max() < 1e-5 if len(off) else True

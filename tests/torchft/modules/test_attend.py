@@ -151,6 +151,40 @@ def test_known_documents_are_enough(on_cpu):
     assert not max(missing) < 0.1  # NaN: the last document was not computed
 
 
+def cached_errors(way, *, dtype=torch.float32, device="cpu", slots=200, heads=8, groups=4, c=64):
+    """Relative distance of one query per row, at the end of what its row of a cache holds, to the formula's."""
+    lengths = [1, 7, 8, 129, slots]
+    generator = torch.Generator().manual_seed(0)
+    make = partial(torch.randn, generator=generator)
+    q = make(len(lengths), 1, heads, c)
+    k, v = (make(len(lengths), slots, heads // groups, c) for _ in range(2))
+    sinks = make(heads) if way.get("sinks") else None
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    sinks = None if sinks is None else sinks.to(device)
+    positions = torch.tensor(lengths, device=device)[:, None] - 1
+    seen = masks.visible_in_cache(q.flatten(2), c, Sight(way.get("window")), positions, slots)
+    assert seen.kernel == "cached"
+    got = attend(q, k, v, seen, scale=way.get("scale"), sinks=sinks)
+    rules = {"window": way.get("window"), "scale": way.get("scale"), "sinks": sinks}
+    want = [
+        formula(
+            *(x.double() for x in (q[[r] * n].view(1, n, heads, c), k[r : r + 1, :n], v[r : r + 1, :n])), None, **rules
+        )
+        for r, n in enumerate(lengths)
+    ]
+    want = torch.stack([x[0, -1] for x in want])
+    return ((got[:, 0].double() - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))).max().item()
+
+
+IN_CACHE = ["plain", "window", "window of one", "scale", "sinks", "window and sinks"]
+
+
+@pytest.mark.parametrize("way", IN_CACHE)
+def test_one_query_of_a_cache(on_cpu, way):
+    on_cpu("flash")
+    assert cached_errors(WAYS[way]) < 2e-6
+
+
 @pytest.mark.parametrize("way", ["cap", "cap, window", "cap, chunk, sinks", "window and sinks"])
 def test_flex_forward(monkeypatch, way):
     """FlexAttention has no gradient on CPUs; the tests on a GPU have."""
@@ -218,6 +252,14 @@ def test_kernels_on_gpu(monkeypatch, device, layout, kernel, c, groups):
     monkeypatch.setattr(masks, "_kernel", lambda *_: kernel)
     tensors = inputs({}, groups, torch.bfloat16, device, s=384, c=c)
     assert max(errors({}, LONG[layout], tensors)) < BARS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize(("groups", "c"), [(1, 64), (4, 128), (8, 64), (4, 192), (6, 256)])
+@pytest.mark.parametrize("way", IN_CACHE)
+def test_one_query_of_a_cache_on_gpu(device, way, groups, c):
+    shape = {"groups": groups, "heads": 4 * groups, "c": c, "slots": 1000}
+    assert cached_errors(WAYS[way], dtype=torch.bfloat16, device=device, **shape) < BARS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("device", [GPU])
