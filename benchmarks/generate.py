@@ -35,13 +35,20 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--group", type=int, default=1, help="answers of one prompt")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--compile", action="store_true", help="a block's step of one token")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
 
     device = pick_device(given.device)
     model = models.build(given.model).to(torch.bfloat16).to_empty(device=device).eval()
     init_weights(model)
-    engine = Engine(model, num_slots=given.batch_size, max_len=given.prompt + given.new, stop_ids=())
+    engine = Engine(
+        model,
+        num_slots=given.batch_size,
+        max_len=given.prompt + given.new,
+        stop_ids=(),
+        compile="inductor" if given.compile else None,
+    )
     number = given.requests or given.batch_size
     run(engine, given, number, new=given.new)  # captures graphs, makes the cache
     first = run(engine, given, number, new=1)

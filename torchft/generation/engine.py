@@ -34,6 +34,8 @@ class Engine:
         stop_ids: tokens that end an answer.
         vocab_size: only ids below it are drawn; None: all that the model has.
         decode: ids -> text, for requests with stop texts.
+        compile: a backend of torch.compile for a block's step of one token, which then always computes all slots;
+            None: it runs as it is.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Engine:
         stop_ids: Sequence[int],
         vocab_size: int | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
+        compile: str | None = None,
     ) -> None:
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.num_finished: dict[str, int] = {}  # how requests ended, counted
@@ -59,6 +62,10 @@ class Engine:
             vocab_size=vocab_size or model.config.vocab_size,
         )
         self._graphs = Graphs(self._slots.moved) if device.type == "cuda" else None
+        self._stance = "default" if compile else "force_eager"
+        if compile:
+            for layer in model.layers:
+                layer.compile(backend=compile, fullgraph=True, dynamic=False)
         self._queue: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}  # by slot
         self._submitted = 0
@@ -109,15 +116,17 @@ class Engine:
             return updates
         longest = max(len(r.request.prompt) + r.count for r in self._running.values())
         seen = _power_of_two(longest + self._steps, most=self.max_len)
-        rows = _power_of_two(max(self._running) + 1, most=self.num_slots)
+        used = self.num_slots if self._stance == "default" else max(self._running) + 1
+        rows = _power_of_two(used, most=self.num_slots)
         filtered = self._is_filtered()
         self._slots.cache.see(seen)
         step = partial(self._slots.step, rows, filtered=filtered)
-        for _ in range(self._steps):
-            if self._graphs is None:
-                step()
-            else:
-                self._graphs.run((rows, seen, filtered, self._slots.seen is None), step)
+        with torch.compiler.set_stance(self._stance):
+            for _ in range(self._steps):
+                if self._graphs is None:
+                    step()
+                else:
+                    self._graphs.run((rows, seen, filtered, self._slots.seen is None), step)
         return updates + self._collect()
 
     def release(self) -> None:

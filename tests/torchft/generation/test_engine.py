@@ -18,6 +18,7 @@ from torchft.losses.likelihood import token_logps
 from torchft.modules import attend as attend_file
 from torchft.modules import masks
 from torchft.modules.fused_attention import cached_attention
+from torchft.training.compile import compiled
 
 LENGTHS = (5, 33, 1, 17, 60, 16, 2)
 PROMPTS = [tokens(1, n, seed=n, vocab_size=97)[0].tolist() for n in LENGTHS]
@@ -211,6 +212,18 @@ def test_the_kernel_that_reads_a_cache_finds_the_same(family, tmp_path, monkeypa
         monkeypatch.setattr(attend_file, "cached_attention", lambda *args: kinds.append(1) or cached_attention(*args))
         found = engine(model).complete(requests(temperature=0.0))
     assert kinds and [c.tokens for c in found] == [c.tokens for c in want]
+
+
+def test_compiled_steps_find_the_same(monkeypatch):
+    model = decoder().eval()
+    want = engine(model).complete(requests(temperature=0.0))
+    with cpu_kernels.installed():
+        monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
+        runs = engine(model, compile="aot_eager")
+        before = compiled().graphs
+        found = runs.complete(requests(temperature=0.0))
+    assert compiled().graphs - before == 1  # prefill runs as it is; all steps have one shape
+    assert [c.tokens for c in found] == [c.tokens for c in want]
 
 
 @pytest.mark.gpu
