@@ -43,8 +43,9 @@ def settle(
     ``step`` gives the loss of a micro-step. It gets random tokens, all trained on, while a block of memory stands in
     for the optimizer's states. Weights, gradients and random states are left as they were. Call it before there are
     hooks that step in backward. On CPUs the first plan is applied untried, and so is one that an earlier run tried, of
-    the same model on the same kind of device, if there is memory for what it took then; and on several ranks, where one
-    that runs out of memory would leave the others waiting.
+    the same model on the same kind of device, if there is memory for what it took then; one that ran out of no less
+    memory then is passed over. On several ranks nothing is tried: one that runs out of memory would leave the others
+    waiting.
 
     ``keep``: the setting of the run that is resumed; that it cannot be kept is said.
 
@@ -81,31 +82,39 @@ def _first_that_runs(
         apply_plan(model, found[0])
         return found[0]
     for plan in found:
-        apply_plan(model, plan)
         file = _remembered(model, plan, seq_len=seq_len, packed=packed, device=device)
-        if limit is None and _peak_before(file) <= FITS * available_bytes(model, device):
+        available = available_bytes(model, device)
+        before = _result_before(file) if limit is None else {}
+        if available <= 1.01 * before.get("too_little", 0.0):  # it differs by a few MB from start to start
+            log.info("out of memory in a trial micro-step of an earlier run: %s", plan)
+            continue
+        apply_plan(model, plan)
+        if before.get("peak", math.inf) <= FITS * available:
             return plan
         if peak := _runs(model, plan, step, seq_len=seq_len, packed=packed, device=device, limit=limit):
             keep_in_cache(file, json.dumps({"peak": peak}))
             return plan
+        if limit is None:
+            keep_in_cache(file, json.dumps({"too_little": available}))
         log.warning("out of memory in a trial micro-step: %s", plan)
     raise UserError(does_not_fit(found[-1], available_bytes(model, device) if limit is None else limit))
 
 
 def _remembered(model: Decoder, plan: Plan, *, seq_len: int, packed: bool, device: torch.device) -> Path:
-    """Where the peak of this trial is kept, in the user's cache folder."""
+    """Where the result of this trial is kept, in the user's cache folder."""
     name = case(model, seq_len=seq_len, packed=packed, device=device)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     parts = (*plan.setting.values(), plan.gradients, plan.replays, plan.memory.optimizer, trained)
     return cache_folder() / "trials" / f"{name}_{'_'.join(map(str, parts))}.json"
 
 
-def _peak_before(file: Path) -> float:
-    """Bytes; infinite if there was no such trial. What cannot be read was none: a cache never stops a run."""
+def _result_before(file: Path) -> dict[str, float]:
+    """Bytes at the ``peak`` of a trial that ran, or that were ``too_little``; empty if there was no such trial. What
+    cannot be read was none: a cache never stops a run."""
     try:
-        return float(read_json(file)["peak"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return math.inf
+        return {name: float(value) for name, value in read_json(file).items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        return {}
 
 
 def _runs(

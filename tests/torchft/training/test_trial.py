@@ -63,9 +63,13 @@ def test_what_ran_once_is_not_tried_again(monkeypatch, tmp_path, without_a_gpu):
     monkeypatch.setattr(trial, "_runs", lambda model, plan, *_, **__: tried.append(plan) or peaks[plan])
     how = {"seq_len": SEQ, "packed": False, "device": CUDA}
     assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b"]
-    assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b", "a"]
+    assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b"]
+    monkeypatch.setattr(trial, "available_bytes", lambda model, device: 1100)
+    assert settle(model, ["a", "b"], step, **how) == "b" and tried == ["a", "b", "a"]  # there is more memory now
     assert settle(model, ["b"], step, **how) == "b" and len(tried) == 3
     assert settle(model, ["b"], step, **how, limit=1000) == "b" and len(tried) == 4
+    assert settle(model, ["a", "b"], step, **how, limit=1000) == "b" and len(tried) == 6
+    monkeypatch.setattr(trial, "available_bytes", lambda model, device: 1000)
     for broken in ("", "{", "[]", '{"peak": null}', '{"peak": "x"}'):
         (tmp_path / "trials" / "b").write_text(broken)
         tried.clear()
