@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,10 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
 
 
 def _layout(files: WeightFiles, names: HubNames) -> HubNames:
-    """Which of a family's layouts ``files`` have."""
+    """Which of a family's layouts and names ``files`` have."""
+    also = {old: new for old, new in names.also.items() if any(new in name for name in files.names())}
+    if also:
+        return replace(names, renamed=names.renamed | also)
     if names.stacked is None or not names.per_expert:
         return names
     expert = rf"{names.per_expert}\.\d+\."

@@ -27,6 +27,9 @@ class HubNames:
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors that are left out; {num_layers} stands for it
     fresh: str | None = None  # regex on our names of parameters that a checkpoint does not hold yet: a new head
     peft_swaps: bool = False  # PEFT takes the inputs of a ``transposed`` weight for its outputs
+    also: dict[str, str] = field(
+        default_factory=dict
+    )  # regex on the Hub's name -> what it is in some folders, read too
     stacked: "HubNames | None" = None  # transformers 5's own layout of the same model: read too, not written
 
     def rename(self, name: str) -> str:

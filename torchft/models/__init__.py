@@ -12,6 +12,7 @@ from torchft.errors import UserError
 from torchft.files import read_json
 from torchft.hub import HubFormat, load_weights
 from torchft.models import (
+    bert,
     command_r7b,
     deepseek_v3,
     gemma,
@@ -28,6 +29,7 @@ from torchft.models import (
     ministral3,
     mistral,
     mixtral,
+    modernbert,
     olmo2,
     olmo3,
     olmoe,
@@ -39,6 +41,7 @@ from torchft.models import (
     qwen3_next,
     smollm2,
     smollm3,
+    xlm_roberta,
 )
 from torchft.models.config_json import ConfigJson, unread
 from torchft.models.multimodal import TEXT_MODELS, text_config
@@ -74,7 +77,9 @@ FAMILIES: dict[str, ModuleType] = {  # names as they are in ``models.build`` and
     "smollm2": smollm2,
     "smollm3": smollm3,
 }
+ENCODERS: dict[str, ModuleType] = {"bert": bert, "modernbert": modernbert, "xlm_roberta": xlm_roberta}
 ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
+    "BertModel": bert,
     "Cohere2ForCausalLM": command_r7b,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "Gemma2ForCausalLM": gemma2,
@@ -91,6 +96,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Ministral3ForCausalLM": ministral3,
     "MistralForCausalLM": mistral,
     "MixtralForCausalLM": mixtral,
+    "ModernBertModel": modernbert,
     "Olmo2ForCausalLM": olmo2,
     "Olmo3ForCausalLM": olmo3,
     "OlmoeForCausalLM": olmoe,
@@ -102,6 +108,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Qwen3_5ForCausalLM": qwen3_5,
     "Qwen3_5MoeForCausalLM": qwen3_5,
     "SmolLM3ForCausalLM": smollm3,
+    "XLMRobertaModel": xlm_roberta,
 }
 
 
@@ -111,7 +118,7 @@ def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, dev
     Raises UserError for a folder that is incomplete, of an unknown family, or whose weights do not fit its config.json.
     """
     folder = Path(checkpoint_dir).expanduser()
-    model = build(config_json(folder)).to(dtype).to_empty(device=device)
+    model = build(config_json(folder, encoders=True)).to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
 
@@ -134,8 +141,11 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
     return model
 
 
-def config_json(folder: Path) -> dict[str, Any]:
-    """A checkpoint folder's config.json. UserError when it is missing, of quantised weights or no model of ours."""
+def config_json(folder: Path, *, encoders: bool = False) -> dict[str, Any]:
+    """A checkpoint folder's config.json. UserError when it is missing, of quantised weights or no model of ours.
+
+    ``encoders``: whether one may be there, which writes no text.
+    """
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
     json = text_config(read_json(folder / "config.json"))
@@ -145,12 +155,17 @@ def config_json(folder: Path) -> dict[str, Any]:
         _read(json)
     except UserError as e:
         raise UserError(*(f"{folder}/{problem}" for problem in e.problems)) from None  # each begins with "config.json"
+    if not encoders and architecture(json) in ENCODERS.values():
+        raise UserError(
+            f"{folder}/config.json: {json['architectures'][0]} is an encoder, which writes no text; "
+            "embedding_finetune trains it"
+        )
     return json
 
 
 def sizes(folder: Path) -> DecoderConfig:
     """The sizes that a checkpoint folder's config.json gives."""
-    json = config_json(folder)
+    json = config_json(folder, encoders=True)
     return _read(json)
 
 
@@ -170,7 +185,11 @@ def _read(json: dict[str, Any]) -> DecoderConfig:
 
 
 def _released(name: str) -> tuple[ModuleType, Any]:
-    known = {f"{family}/{size}": (module, size) for family, module in FAMILIES.items() for size in module.CONFIGS}
+    known = {
+        f"{family}/{size}": (module, size)
+        for family, module in (FAMILIES | ENCODERS).items()
+        for size in module.CONFIGS
+    }
     if name not in known:
         raise UserError(f"no model {name!r}{nearest(name, known)}; known are {', '.join(known)}")
     module, size = known[name]

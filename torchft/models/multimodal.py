@@ -18,11 +18,19 @@ TEXT_MODELS = {
 DEFAULTS = {"gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}}
 
 
+WITH_HEADS = {  # encoders with a head of their pretraining, which is left out -> the encoder alone
+    "BertForMaskedLM": "BertModel", "BertForPreTraining": "BertModel", "ModernBertForMaskedLM": "ModernBertModel",
+    "XLMRobertaForMaskedLM": "XLMRobertaModel",
+}  # fmt: skip
+
+
 def text_config(json: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the text model alone; ``json`` itself where it is of one already."""
     match json.get("architectures"):
         case [str(name)] if name in TEXT_MODELS:
             kinds = TEXT_MODELS[name]
+        case [str(name)] if name in WITH_HEADS:
+            return json | {"architectures": [WITH_HEADS[name]]}
         case _:
             return json
     text = json.get("text_config")

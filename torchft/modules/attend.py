@@ -31,7 +31,7 @@ def attend(
     if seen.shards is not None:
         k, v = seen.shards.of_all_cp(k), seen.shards.of_all_cp(v)
     if seen.kernel == "dense":
-        return _dense(q, k, v, seen.mask, scale, soft_cap, sinks)
+        return _dense(q, k, v, seen, scale, soft_cap, sinks)
     if seen.kernel == "flex":
         return _flex(q, k, v, seen, scale, soft_cap, sinks)
     assert soft_cap is None, "a layer with capped scores needs Sight(soft_cap=True)"
@@ -41,30 +41,34 @@ def attend(
         return cached
     if seen.chunks:
         parts = [
-            fused_attention(part, k, v, "flash", scale, seen.window, *chunk, sinks)[0]
+            fused_attention(part, k, v, "flash", scale, seen.window, *chunk, sinks, seen.causal)[0]
             for part, chunk in zip(q.chunk(2, dim=1), seen.chunks, strict=True)
         ]
         return torch.cat(parts, dim=1)
     kernel = "flash" if sinks is not None else seen.kernel
-    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, None, seen.sizes, sinks)[0]
+    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, None, seen.sizes, sinks, seen.causal)[
+        0
+    ]
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, seen: Visible, scale: float, soft_cap: float | None, sinks: Tensor | None
 ) -> Tensor:
+    mask, causal = seen.mask, seen.causal and seen.mask is None
     if mask is not None:
         k, v = k[:, : mask.shape[-1]], v[:, : mask.shape[-1]]  # of a cache, the slots that are looked at
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, h, s, c]
     if k.shape[1] != q.shape[1]:  # enable_gqa would do the same, and keep fp32 from the kernel that saves memory
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if soft_cap is None and sinks is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return out.transpose(1, 2)
     scores = (q @ k.transpose(-1, -2)).float() * scale  # [b, h, s, t]
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        mask = mask.tril() if causal else mask
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)

@@ -154,14 +154,19 @@ class Decoder(nn.Module):
 
         Where ranks share rows (``shards``), tokens and hidden states are this rank's, positions those of whole rows.
         """
-        x = self.embed_tokens(tokens)  # [b, s, d]
-        if self.embed_scale != 1.0:
-            x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded as Gemma was trained
+        x = self.embed(tokens, positions)  # [b, s, d]
         if self.replay is not None and cache is None and self.training and torch.is_grad_enabled():
             x = self.replay(x, positions, documents)
         else:
             x = self.hidden(x, positions, documents, cache)
         return self.project(x) if head is None else head(x, self.project)
+
+    def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """tokens [b, s] -> [b, s, d]."""
+        x = self.embed_tokens(tokens)
+        if self.embed_scale != 1.0:
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype).item()  # rounded as Gemma was trained
+        return x
 
     def hidden(
         self,

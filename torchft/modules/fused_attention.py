@@ -26,13 +26,14 @@ def fused_attention(
     cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of q [b, s, h, c] over k, v [b, t, k, c], fp16 or bf16 -> out [b, s, h, c], log-sum-exp.
+    """Attention of q [b, s, h, c] over k, v [b, t, k, c], fp16 or bf16 -> out [b, s, h, c], log-sum-exp.
 
     ``kernel`` "flash" or "cudnn"; only "flash" knows windows, documents and sinks. ``cu_seqlens`` and ``sizes`` as in
     ``masks.Visible``, with ``cu_seqlens_k`` as in ``masks.Chunk``; without it t = s. ``sinks`` [h] are logits of one
-    more key per head, whose value is zero (gpt-oss). The second output, fp32 in the kernel's own shape, is for backward
-    and carries no gradient.
+    more key per head, whose value is zero (gpt-oss). Not ``causal``, of "flash" alone: windows reach as far to both
+    sides. The second output, fp32 in the kernel's own shape, is for backward and carries no gradient.
     """
     if kernel == "cudnn":
         out, lse = aten._scaled_dot_product_cudnn_attention(
@@ -40,9 +41,9 @@ def fused_attention(
         )[:2]
         return out.transpose(1, 2).contiguous(), lse
     (q_, k_, v_), *lengths = _flat(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, sizes=sizes)
-    left, right = _sides(window)
+    left, right = _sides(window, causal)
     out, lse = aten._flash_attention_forward(
-        q_, k_, v_, *lengths, 0.0, True, False,
+        q_, k_, v_, *lengths, 0.0, causal, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )[:2]  # fmt: skip
     if sinks is not None:
@@ -67,6 +68,7 @@ def fused_attention_backward(
     cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the fp32 gradient of the sinks ([0] without them).
 
@@ -83,10 +85,10 @@ def fused_attention_backward(
         return dq, dk, dv, lse.new_empty(0)
     rows = (grad, q, k, v, out)
     (grad_, q_, k_, v_, out_), *lengths = _flat(*rows, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, sizes=sizes)
-    left, right = _sides(window)
+    left, right = _sides(window, causal)
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     grads = aten._flash_attention_backward(
-        grad_, q_, k_, v_, out_, lse, *lengths, 0.0, True, state, unused,
+        grad_, q_, k_, v_, out_, lse, *lengths, 0.0, causal, state, unused,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     dq, dk, dv = (g.contiguous().view(x.shape) for g, x in zip(grads, (q, k, v)))
@@ -148,9 +150,10 @@ def _flat(
     return [x.flatten(0, 1) for x in rows], cu, cu_k, longest, longest_k[0] if longest_k else longest
 
 
-def _sides(window: int | None) -> tuple[int, int]:
+def _sides(window: int | None, causal: bool) -> tuple[int, int]:
     """Keys to the left and right of the query's own; -1 = all."""
-    return (-1, 0) if window is None else (window - 1, 0)
+    left = -1 if window is None else window - 1
+    return left, 0 if causal else left
 
 
 @fused_attention.register_fake
@@ -165,6 +168,7 @@ def _forward_shapes(
     cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     b, s, h, _ = q.shape
     shape: tuple[int, ...] = (b, h, s) if cu_seqlens is None else (h, b * s)
@@ -188,6 +192,7 @@ def _backward_shapes(
     cu_seqlens_k: Tensor | None = None,
     sizes: Tensor | None = None,
     sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty(0 if sinks is None else sinks.shape)
@@ -201,16 +206,16 @@ def _cudnn_lse_dim() -> int:
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the context's type is not public
-    q, k, v, ctx.kernel, ctx.scale, ctx.window, *others = inputs
+    q, k, v, ctx.kernel, ctx.scale, ctx.window, *others, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output, *others)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, *others, sinks = ctx.saved_tensors
     dq, dk, dv, dsinks = fused_attention_backward(
-        grad.contiguous(), q, k, v, out, lse, ctx.kernel, ctx.scale, ctx.window, *others, sinks
+        grad.contiguous(), q, k, v, out, lse, ctx.kernel, ctx.scale, ctx.window, *others, sinks, ctx.causal
     )
-    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype)
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)

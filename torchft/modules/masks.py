@@ -22,6 +22,7 @@ class Sight(NamedTuple):
     chunk: int | None = None  # only tokens of the query's chunk; chunks start at positions 0, chunk, 2 chunk, ...
     soft_cap: bool = False  # scores are capped: only FlexAttention does that on a GPU
     head_dim: int | None = None  # of queries and keys, where it is not the config's
+    causal: bool = True  # False: what comes after is seen too, and a window is as wide to that side (encoders)
 
 
 class Chunk(NamedTuple):
@@ -47,6 +48,7 @@ class Visible(NamedTuple):
     shards: TokenShards | None = None  # queries are a part of the rows, keys and values come from the other ranks too
     chunks: tuple[Chunk, ...] = ()  # flash: where the parts of the queries lie
     lengths: Tensor | None = None  # cached: [b] int32, slots of a KV cache up to the row's one query
+    causal: bool = True
 
 
 def visible(
@@ -71,13 +73,13 @@ def visible(
     kernel = _kernel(x, head_dim, sight.soft_cap)
     packed = positions is not None or chunk is not None
     if not packed and window is None and kernel != "flex" and not shared:
-        return Visible(kernel)
+        return Visible("flash" if kernel == "cudnn" and not sight.causal else kernel, causal=sight.causal)
     if positions is None:
         positions, documents = torch.arange(s, device=x.device).expand(b, s), (b, s)
     starts = positions == 0 if chunk is None else positions % chunk == 0
     starts[:, 0] = True
     ids = starts.flatten().cumsum(0).view(b, s) - 1  # of the document, counted over the batch
-    found = Visible("flash" if kernel == "cudnn" else kernel, window)
+    found = Visible("flash" if kernel == "cudnn" else kernel, window, causal=sight.causal)
     if shards is not None and shared:
         return _narrowed(found, shards, starts, ids, b * s if documents is None else documents[0] + b)
     if packed:
@@ -89,7 +91,9 @@ def visible(
         sizes = torch.tensor([min(count, b * s), min(longest, s)])
         found = found._replace(cu_seqlens=_cu_seqlens(starts.flatten(), ids.flatten()), sizes=sizes)
     if kernel == "dense":
-        found = found._replace(mask=((ids[:, :, None] == ids[:, None, :]) & _causal(s, window, x.device))[:, None])
+        found = found._replace(
+            mask=((ids[:, :, None] == ids[:, None, :]) & _near(s, window, sight.causal, x.device))[:, None]
+        )
     elif kernel == "flex":
         found = found._replace(blocks=block_mask(ids, window))
     return found
@@ -112,7 +116,7 @@ def _narrowed(found: Visible, shards: TokenShards, starts: Tensor, ids: Tensor, 
     """What the queries of one context parallel rank see of whole rows, of at most ``count`` documents (and chunks)."""
     if found.kernel == "dense":
         s = ids.shape[1]
-        mask = (ids[:, :, None] == ids[:, None, :]) & _causal(s, found.window, ids.device)  # [b, s, s]
+        mask = (ids[:, :, None] == ids[:, None, :]) & _near(s, found.window, found.causal, ids.device)  # [b, s, s]
         return found._replace(shards=shards, mask=shards.rows(mask)[:, None])
     assert found.kernel == "flash", "capped scores are refused with context parallel"
     length = ids.shape[1] // (2 * shards.cp)
@@ -209,7 +213,8 @@ def _cu_seqlens(starts: Tensor, ids: Tensor) -> Tensor:
     return out.scatter_(0, place, torch.arange(t, dtype=torch.int32, device=starts.device))[: t + 1]
 
 
-def _causal(seq_len: int, window: int | None, device: torch.device) -> Tensor:
+def _near(seq_len: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
     index = torch.arange(seq_len, device=device)
     delta = index[:, None] - index[None, :]
-    return delta >= 0 if window is None else (delta >= 0) & (delta < window)
+    seen = delta >= 0 if causal else torch.ones_like(delta, dtype=torch.bool)
+    return seen if window is None else seen & (delta.abs() < window)
