@@ -66,6 +66,7 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, set_seed
+from torchft.training.sharing import Sharing, share_pairs
 from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -101,6 +102,7 @@ class Config:
     dataset_eval: Dataset | None = None  # held out: measured every eval_every steps and at the end
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; a pair, with its prompt twice, fits or is left out
     packed: bool = False  # several pairs per row: no padding, same gradients
+    share_prompts: Sharing = "auto"  # a pair's prompt is computed once; auto: in packed rows, if it saves an eighth
     batch_size: Annotated[int, Range(min=1)] = 2  # rows per device and micro-step
     gradient_accumulation_steps: Annotated[int, Range(min=1)] = 1  # micro-steps per optimizer step
     epochs: Annotated[int, Range(min=1)] = 1
@@ -274,6 +276,7 @@ def train(config: Config, run: Run, world: World) -> None:
         keep=keep,
         **shape,
     )
+    shares_prompts, prompts = share_pairs(config.share_prompts, model, config.routing, samples, packed=config.packed)
     load_base(config, model, world)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
@@ -284,7 +287,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
-    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shares_prompts": shares_prompts}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
@@ -305,8 +308,12 @@ def train(config: Config, run: Run, world: World) -> None:
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     sizes = {"steps": total_steps, "rows": rows_per_step, "seq_len": config.seq_len, "step": step, "output": run.path}
-    facts = {"loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}", "data": str(summary)}
-    facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
+    facts = {
+        "loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}",
+        "data": str(summary),
+        "prompts": prompts,
+    }
+    facts |= {"prompts": prompts} | run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Preference training", facts, masked_tokens(loader.samples[0], tokenizer))
     from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))

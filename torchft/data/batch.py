@@ -7,23 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.data.sharing import Document, shared_tokens
+from torchft.documents import Documents
 from torchft.losses.likelihood import IGNORE
 from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 PAD_MULTIPLE = 64  # tensor cores like it, and a run meets seq_len / 64 shapes instead of seq_len
 
 
-Document = tuple[Tensor, Tensor]  # tokens and labels [n]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """b rows of s tokens. Where rows hold several documents ``positions`` restart at 0 with each, padding included."""
+    """b rows of s tokens. Where rows hold several documents ``positions`` restart at 0 with each, padding included.
+
+    A pair may share its prompt: then the rejected answer is a branch of the chosen one's document (documents.py).
+    """
 
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
     positions: Tensor | None  # [b, s] int64; None: every row is one document from 0, padded at its end
-    documents: tuple[int, int] | None  # where there are positions: how many there are, and the tokens of the longest
+    documents: Documents | None  # where there are positions; branches, which are documents of their own, among them
     documents_of: Tensor  # [samples, 1 or 2] int64: which documents, in reading order, are each sample's
     targets: Tensor | None  # [samples, ...] fp32: the numbers to learn of each sample
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
@@ -84,8 +86,11 @@ def collate(
     samples: tuple[int, ...],
     where: tuple[str, ...],
     shards: TokenShards = WHOLE_ROWS,
+    shares_prompts: bool = False,
 ) -> Batch:
     """``rows`` of samples, each its documents, as a batch of ``shape`` [b, s]; b may be more than the rows.
+
+    ``shares_prompts``: the second document of a pair is only its tokens from `shared_tokens` on.
 
     Where ranks share rows, s grows to what they can share, and the batch is this rank's.
     """
@@ -94,27 +99,30 @@ def collate(
     labels = torch.full((b, s), IGNORE)
     count = torch.arange(s)
     positions = count.repeat(b, 1) if packed or are_pairs else None  # an empty row is one document
-    documents_of, num_documents = list[list[int]](), 0
+    documents_of, num_documents, has_branches = list[list[int]](), 0, False
     for r, row in enumerate(rows):
         at = 0
         for documents in row:
             documents_of.append(list(range(num_documents, num_documents + len(documents))))
             num_documents += len(documents)
-            for document_tokens, document_labels in documents:
-                n = len(document_tokens)
-                tokens[r, at : at + n] = document_tokens
-                labels[r, at : at + n] = document_labels
+            shared = shared_tokens(*documents) if shares_prompts else 0
+            for skipped, (document_tokens, document_labels) in zip((0, shared), documents):
+                n = len(document_tokens) - skipped
+                tokens[r, at : at + n] = document_tokens[skipped:]
+                labels[r, at : at + n] = document_labels[skipped:]
                 if positions is not None:
-                    positions[r, at : at + n] = count[:n]
+                    positions[r, at : at + n] = count[skipped : skipped + n]
+                has_branches |= skipped > 0
                 at += n
         if positions is not None and at < s:
             positions[r, at:] = count[: s - at]  # the padding is a document of its own
             num_documents += 1
+    num_documents += b - len(rows)
     batch = Batch(
         tokens=tokens,
         labels=labels,
         positions=positions,
-        documents=None if positions is None else (int((positions == 0).sum()), int(positions.max()) + 1),
+        documents=None if positions is None else Documents(num_documents, int(positions.max()) + 1, has_branches),
         documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(samples), 1 + are_pairs),
         targets=targets,
         num_tokens=len(rows) * s,

@@ -20,6 +20,7 @@ from torchft.data.batch import Batch, Document, collate, padded_length
 from torchft.data.mixture import epoch_samples, generator_of
 from torchft.data.packing import pack
 from torchft.data.samples import Part, Samples
+from torchft.data.sharing import shared_of
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 from torchft.token_shards import WHOLE_ROWS, TokenShards
@@ -43,6 +44,7 @@ class Loader:
             where nothing is trained, keeps it in step with the others.
         rank: of ``num_ranks``, which all make their loader alike.
         shards: which tokens of these rows are this process's, if several share them.
+        shares_prompts: the answers of a pair share the row's compute of their prompt.
     """
 
     def __init__(
@@ -58,11 +60,14 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         shards: TokenShards = WHOLE_ROWS,
+        shares_prompts: bool = False,
     ) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.all_rows, self.shards = rank, batch_size * num_ranks, shards
         self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
-        self.drop_last = drop_last
+        self.drop_last, self.shares_prompts = drop_last, shares_prompts
+        shared = shared_of(samples) if shares_prompts else [0] * len(samples)
+        self._lengths = [n - less for n, less in zip(samples.lengths(), shared)]  # tokens that each takes of a row
         self.epoch = 0  # of the next batch
         self._next_row = 0  # of the next batch
         self._parts = samples.parts or [Part(name="", start=0, stop=len(samples))]
@@ -128,7 +133,7 @@ class Loader:
             "num_samples": len(self.samples),
             "seq_len": self.samples.seq_len,
             "seed": self.seed,
-            "packed": self.packed,
+            "packed": "shared prompts" if self.shares_prompts else self.packed,  # other rows
             "shuffle": self.shuffle,
             "mixture": [[part.stop - part.start, part.weight, part.stage] for part in self._parts],
         }
@@ -150,8 +155,7 @@ class Loader:
         for stage, samples in enumerate(epoch_samples(self._parts, epoch=epoch, seed=self.seed)):
             generator = generator_of(self.seed, epoch, stage)
             if self.packed:
-                starts = self.samples.starts
-                lengths = [starts[i + 1] - starts[i] for i in samples]
+                lengths = [self._lengths[i] for i in samples]
                 packs = pack(lengths, self.samples.seq_len, generator=generator)
                 rows += [[samples[i] for i in row] for row in packs]
             elif self.shuffle:
@@ -162,9 +166,9 @@ class Loader:
 
     def _collate(self, rows: list[list[int]], *, of: list[list[int]]) -> Batch:
         """This rank's ``rows`` as a batch; ``of``: those of all ranks."""
-        data, starts = self.samples, self.samples.starts
+        data = self.samples
         samples = tuple(sample for row in rows for sample in row)
-        longest = max((starts[i + 1] - starts[i] for i in samples), default=1)
+        longest = max((self._lengths[i] for i in samples), default=1)
         whole = self.packed or self.one_shape
         return collate(
             [[[self._document(place) for place in data.documents(sample)] for sample in row] for row in rows],
@@ -181,6 +185,7 @@ class Loader:
             samples=samples,
             where=tuple(data.where(sample) for sample in samples),
             shards=self.shards,
+            shares_prompts=self.shares_prompts,
         )
 
     def _document(self, place: slice) -> Document:

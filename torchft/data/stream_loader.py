@@ -20,6 +20,7 @@ from torchft.data.loader import Loader, check_same
 from torchft.data.packing import OnlinePacker
 from torchft.data.row_stream import Mixer
 from torchft.data.samples import Counts, Limits, Sample, Samples
+from torchft.data.sharing import shared_tokens
 from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
@@ -39,7 +40,7 @@ class Waiting(NamedTuple):
     cursor: dict[str, Any]  # makes that row of the stream the next one
     documents: list[Document]
     targets: tuple[float, ...]
-    length: int  # tokens
+    length: int  # tokens of a row
     supervised: int
 
 
@@ -47,7 +48,7 @@ class StreamLoader:
     """As `Loader`, for a stream, which is one endless epoch.
 
     Args:
-        packed, one_shape, batch_size, rank, num_ranks, shards: as Loader's.
+        packed, one_shape, batch_size, rank, num_ranks, shards, shares_prompts: as Loader's.
     """
 
     epoch = 0
@@ -63,10 +64,12 @@ class StreamLoader:
         rank: int = 0,
         num_ranks: int = 1,
         shards: TokenShards = WHOLE_ROWS,
+        shares_prompts: bool = False,
     ) -> None:
         self.samples: Samples = stream.probe
         self.batch_size, self.seed, self.packed, self.one_shape = batch_size, seed, packed, one_shape
         self.rank, self.all_rows, self.shards = rank, batch_size * num_ranks, shards
+        self.shares_prompts = shares_prompts
         self.counts = Counts()  # of all rows so far
         self._stream, self._fingerprint = stream, stream.fingerprint()
         self._limits = [dataset.limits for dataset in stream.datasets]
@@ -120,7 +123,7 @@ class StreamLoader:
             "fingerprint": self._fingerprint,
             "seq_len": self.samples.seq_len,
             "seed": self.seed,
-            "packed": self.packed,
+            "packed": "shared prompts" if self.shares_prompts else self.packed,  # other rows
             "shuffle_rows": config.shuffle_rows,
             "lookahead": config.lookahead if self.packed else 1,
         }
@@ -166,14 +169,16 @@ class StreamLoader:
         for piece, sample in enumerate(made.samples):
             if (ticket.number, piece) in self._used:
                 continue
+            documents = _documents(sample)
+            shared = shared_tokens(*documents) if self.shares_prompts else 0
             item = Waiting(
                 ticket.number,
                 piece,
                 where,
                 ticket.cursor,
-                _documents(sample),
+                documents,
                 sample.targets,
-                length=len(sample.tokens),
+                length=len(sample.tokens) - shared,
                 supervised=sum(label != IGNORE for label in sample.labels),
             )
             self._packer.add(self._added, item, item.length)
@@ -205,6 +210,7 @@ class StreamLoader:
             samples=tuple(item.number for item in items),
             where=tuple(item.where for item in items),
             shards=self.shards,
+            shares_prompts=self.shares_prompts,
         )
 
 

@@ -1,12 +1,13 @@
 """From values of tokens to values of whole documents (an answer, a pair's half) of packed or padded rows.
 
 b rows of s tokens hold n documents, counted in reading order, paddings behind the last one of a row among them.
-``positions`` [b, s] restart at 0 with each document; None: each row is one.
+``positions`` [b, s] tell where each begins, branches too, which are documents of their own here; None: each row is one.
 """
 
 import torch
 from torch import Tensor
 
+from torchft.documents import run_starts
 from torchft.losses.likelihood import IGNORE
 
 
@@ -33,7 +34,7 @@ def desensitised(
     lengths = answer_lengths(labels, positions, count)
     shared = lengths.clone()
     shared[pairs] = lengths[pairs].amin(1, keepdim=True).expand(-1, 2)
-    document = (positions == 0).flatten().cumsum(0) - 1  # [b * s], of each token
+    document = run_starts(positions).flatten().cumsum(0) - 1  # [b * s], of each token
     seen = (labels != IGNORE).flatten().cumsum(0)  # tokens with a label up to this one, over all documents
     before = seen[_starts(positions, count)] - (labels.flatten()[_starts(positions, count)] != IGNORE).long()
     is_shared = seen - before[document] <= shared[document]
@@ -42,4 +43,4 @@ def desensitised(
 
 def _starts(positions: Tensor, count: int) -> Tensor:
     """The place [n] of each document's first token among all b * s; ``count`` spares waiting for the device."""
-    return (positions == 0).flatten().nonzero_static(size=count).squeeze(1)
+    return run_starts(positions).flatten().nonzero_static(size=count).squeeze(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from torchft.documents import Documents
 from torchft.modules.embedding import Embedding
 from torchft.modules.kv_cache import KVCache, LayerCache
 from torchft.modules.masks import Sight, Visible, visible, visible_in_cache
@@ -142,15 +143,15 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         head: Head | None = None,
         cache: KVCache | None = None,
-        documents: tuple[int, int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """tokens [b, s] -> logits [b, s, v], or whatever ``head(hidden [b, s, d], project)`` returns.
 
-        ``positions`` [b, s] restart at 0 with each packed document; None: each row is one document, padding only after
-        it. ``documents`` of packed rows: how many the batch holds and the tokens of the longest; None: read from the
-        positions, for which the host waits for the GPU. ``head`` runs inside this forward because FSDP has the output
-        weight gathered only here, and because a loss that projects chunk by chunk never holds all logits (32k tokens x
-        128k words x 4 bytes = 16 GiB).
+        ``positions`` [b, s] restart at 0 with each packed document, and tell answers that share their prompt
+        (torchft/documents.py); None: each row is one document, padding only after it. ``documents`` of packed rows:
+        None: read from the positions, for which the host waits for the GPU. ``head`` runs inside this forward because
+        FSDP has the output weight gathered only here, and because a loss that projects chunk by chunk never holds all
+        logits (32k tokens x 128k words x 4 bytes = 16 GiB).
 
         Where ranks share rows (``shards``), tokens and hidden states are this rank's, positions those of whole rows.
         """
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         positions: Tensor | None = None,
-        documents: tuple[int, int] | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Embeddings [b, s, d] -> what the head reads, [b, s, d]; arguments as in ``forward``."""
@@ -215,7 +216,7 @@ class Decoder(nn.Module):
         return (i + 1) * k // n > i * k // n
 
     def _visible(
-        self, x: Tensor, positions: Tensor | None, documents: tuple[int, int] | None, cache: KVCache | None
+        self, x: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
     ) -> dict[Sight, Visible]:
         """What each kind of layer sees of this batch."""
         kinds, dim = set(self.sights), self.config.head_dim

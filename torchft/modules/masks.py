@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from torchft.documents import Branches, Documents, branch_blocks, branch_mask, branches, count_documents, sees
 from torchft.modules.attention_table import KERNELS
 from torchft.token_shards import TokenShards
 
@@ -56,15 +57,15 @@ def visible(
     head_dim: int,
     sight: Sight,
     positions: Tensor | None = None,
-    documents: tuple[int, int] | None = None,
+    documents: Documents | None = None,
     shards: TokenShards | None = None,
 ) -> Visible:
-    """For rows x [b, s, d]. ``positions`` [b, s] restart at 0 with each packed document; None: one document per row.
+    """For rows x [b, s, d]. ``positions`` [b, s] tell the packed documents and branches: torchft/documents.py; None:
+    one document per row.
 
     With ``shards``, x holds this rank's tokens of rows of which the positions are whole.
 
-    ``documents``: how many the batch holds and the tokens of the longest. None: read from ``positions``, for which the
-    host waits for the GPU once.
+    ``documents``: of the batch; None: read from ``positions``, for which the host waits for the GPU once.
     """
     b, s = x.shape[0], x.shape[1] * (shards.count if shards else 1)
     shared = shards is not None and shards.cp > 1
@@ -75,7 +76,15 @@ def visible(
     if not packed and window is None and kernel != "flex" and not shared:
         return Visible("flash" if kernel == "cudnn" and not sight.causal else kernel, causal=sight.causal)
     if positions is None:
-        positions, documents = torch.arange(s, device=x.device).expand(b, s), (b, s)
+        positions, documents = torch.arange(s, device=x.device).expand(b, s), Documents(b, s)
+    if documents is None and not shared:
+        documents = count_documents(positions)
+    if documents is not None and documents.has_branches:
+        assert not shared, "answers that share a prompt are whole on a rank"
+        own = branches(positions)
+        if kernel == "dense":
+            return Visible(kernel, mask=branch_mask(own, window=window, chunk=chunk)[:, None])
+        return Visible("flex", blocks=branch_block_mask(own, window, chunk))
     starts = positions == 0 if chunk is None else positions % chunk == 0
     starts[:, 0] = True
     ids = starts.flatten().cumsum(0).view(b, s) - 1  # of the document, counted over the batch
@@ -83,9 +92,8 @@ def visible(
     if shards is not None and shared:
         return _narrowed(found, shards, starts, ids, b * s if documents is None else documents[0] + b)
     if packed:
-        if documents is None:
-            documents = count_documents(positions)
-        count, longest = documents
+        assert documents is not None
+        count, longest, _ = documents
         if chunk is not None:
             count, longest = count + b * s // chunk, min(longest, chunk)
         sizes = torch.tensor([min(count, b * s), min(longest, s)])
@@ -178,6 +186,19 @@ def block_mask(ids: Tensor, window: int | None) -> BlockMask:
     )
 
 
+def branch_block_mask(own: Branches, window: int | None, chunk: int | None) -> BlockMask:
+    """FlexAttention's mask of rows with branches: blocks of other answers to a prompt are passed over."""
+    some, all_ = branch_blocks(own, FLEX_BLOCK, window=window, chunk=chunk)
+    s, (documents, runs, positions, forks, trunk) = own.positions.shape[1], own
+
+    def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:  # closes over tensors, as compilers like
+        return sees(Branches(documents, runs, positions, forks, trunk), row, q, k, window=window, chunk=chunk)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~all_), *_listed(all_), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(s, s)
+    )
+
+
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """[b, q blocks, k blocks] bool -> how many are set, [b, 1, q blocks], and which, those first; int32."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -195,14 +216,6 @@ def _kernel(x: Tensor, head_dim: int, soft_cap: bool) -> str:
         return "dense"
     lengths = KERNELS.get(f"{major}.{minor}", {}).get(head_dim, [])
     return next((kernel for longest, kernel in lengths if x.shape[1] <= longest), "flash")
-
-
-def count_documents(positions: Tensor) -> tuple[int, int]:
-    """How many documents rows with these ``positions`` [b, s] hold, and the tokens of the longest. The host waits."""
-    starts = positions == 0
-    starts[:, 0] = True
-    count, longest = torch.stack((starts.sum(), positions.max() + 1)).tolist()
-    return count, longest
 
 
 def _cu_seqlens(starts: Tensor, ids: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchft.documents import Documents
 from torchft.errors import UserError
 from torchft.files import cache_folder, keep_in_cache, read_json
 from torchft.modules.decoder import Decoder
@@ -115,7 +116,7 @@ def _record(
         fake.recompute = 0.0
         tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
         positions = tokens if packed else None  # with the documents given, nobody reads them
-        documents = (max(1, seq_len // 512), seq_len) if packed else None
+        documents = Documents(max(1, seq_len // 512), seq_len) if packed else None
         fake.train()(tokens, positions, head=lambda hidden, project: hidden, documents=documents)
     return [(recorder.layer, recorder.inputs) for recorder in fake.layers if isinstance(recorder, _Recorder)]
 

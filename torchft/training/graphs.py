@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchft.documents import Documents, count_documents
 from torchft.modules.decoder import Decoder
-from torchft.modules.masks import count_documents
 
 MAX_SHAPES = 2  # of batches that are recorded; batches of other shapes run as if there were no graphs
 SLACK = 1.25  # bounds on documents are this much above what was met, so that few batches exceed them
 
-Documents = tuple[int, int]  # how many a batch holds, and the tokens of the longest
 
 _RECORDED: "weakref.WeakSet[Recorded]" = weakref.WeakSet()
 
@@ -48,6 +47,8 @@ class Replay:
             documents = count_documents(positions)
         key = (x.shape, positions is not None)
         recorded = self._recorded.get(key)
+        if documents is not None and documents.has_branches:
+            return model.hidden(x, positions, documents)  # their masks are made anew for each batch
         if recorded is None and len(self._recorded) == MAX_SHAPES:
             return model.hidden(x, positions, documents)
         x = x if x.requires_grad else x.detach().requires_grad_()
@@ -112,7 +113,7 @@ class Recorded:
         """Whether the graph computes a batch with these documents."""
         if documents is None or self.bounds is None:
             return documents is self.bounds
-        return all(n <= bound for n, bound in zip(documents, self.bounds))
+        return all(n <= bound for n, bound in zip(documents[:2], self.bounds[:2]))
 
     def own_gradients(self) -> None:
         """Make ``p.grad`` the buffers that backward adds to, with the values that it had."""
@@ -180,6 +181,6 @@ def held_bytes() -> int:
 
 def _bounds(documents: Documents, before: Recorded | None, *, tokens: torch.Size) -> Documents:
     b, s = tokens
-    old = before.bounds if before is not None and before.bounds is not None else (0, 0)
-    count, longest = (max(round(SLACK * n), bound) for n, bound in zip(documents, old))
-    return min(count, b * s), min(longest, s)
+    old = before.bounds if before is not None and before.bounds is not None else Documents(0, 0)
+    count, longest = (max(round(SLACK * n), bound) for n, bound in zip(documents[:2], old[:2]))
+    return Documents(min(count, b * s), min(longest, s))

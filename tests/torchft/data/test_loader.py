@@ -187,7 +187,7 @@ def test_batch_to_keeps_everything():
     (batch,) = Loader(make([5, 6]), batch_size=2, seed=0, packed=True)
     same(batch.to("cpu"), batch)
     positions = batch.positions
-    assert batch.documents == (int((positions == 0).sum()), int(positions.max()) + 1)
+    assert batch.documents == (int((positions == 0).sum()), int(positions.max()) + 1, False)
     assert batch.to("meta").tokens.device.type == "meta"
 
 

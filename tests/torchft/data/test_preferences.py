@@ -193,7 +193,7 @@ def test_batches_say_which_document_is_which(tmp_path, packed):
     seen = {}
     for batch in Loader(samples, batch_size=2, seed=0, packed=packed, one_shape=True):
         ids = (batch.positions == 0).flatten().cumsum(0).view_as(batch.positions) - 1
-        assert batch.documents == (ids.max() + 1, batch.positions.max() + 1)
+        assert batch.documents == (ids.max() + 1, batch.positions.max() + 1, False)
         assert batch.all_samples == len(batch.samples) == len(batch.documents_of)
         for sample, documents_of in zip(batch.samples, batch.documents_of.tolist()):
             places = [(ids == document).nonzero() for document in documents_of]

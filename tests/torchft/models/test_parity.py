@@ -19,8 +19,11 @@ from torchft.files import read_json
 from torchft.generation.greedy import generate
 from torchft.models.config_json import ConfigJson
 from torchft.modules.decoder import Decoder
+from torchft.modules.delta_net import GatedDeltaNet
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import LongRope
+from torchft.training.routing import RoutingConfig
+from torchft.training.sharing import unshareable
 
 DOCUMENTS = (5, 61, 1, 33)  # tokens; together as many as a row
 
@@ -61,6 +64,27 @@ def test_packed_is_unpacked(pair):
     assert violations({name: (packed[name], unpacked[name]) for name in unpacked}) == {}
     one_document = gradients(ours, mean_nll(ours, row, labels))
     assert max(distance(one_document[name], unpacked[name])[1] for name in one_document) > 0.1
+
+
+def test_answers_share_their_prompt(pair):
+    """Gradients of [prompt, answer, answer, answer] twice in a row, and of each answer with a prompt of its own."""
+    if unshareable(pair.ours, RoutingConfig()):
+        assert {GatedDeltaNet, LongRope} & {*map(type, pair.ours.modules()), *map(type, pair.ours.ropes)}
+        pytest.skip("recurrent, or a RoPE by length")
+    ours, row = pair.ours, pair.batch[:1]
+    alone, shared = [], []  # (tokens, labels, positions)
+    for at, prompt, answers in ((0, 31, (1, 20, 12)), (64, 1, (5, 9))):
+        tokens, begin = row[0, at:], prompt
+        for i, n in enumerate(answers):
+            whole = torch.cat((tokens[:prompt], tokens[begin : begin + n]))
+            labels = torch.cat((whole.new_full((prompt - 1,), -100), whole[prompt:], whole.new_full((1,), -100)))
+            alone.append((whole, labels, torch.arange(len(whole))))
+            shared.append(tuple(x[prompt - 1 if i else 0 :] for x in alone[-1]))
+            begin += n
+    losses = [mean_nll(ours, *(torch.cat(x)[None] for x in zip(*parts))) for parts in (shared, alone)]
+    assert len(torch.cat([x for x, _, _ in shared])) < len(torch.cat([x for x, _, _ in alone]))
+    got, want = ({"loss": loss} | gradients(ours, loss) for loss in losses)
+    assert violations({name: (got[name], want[name]) for name in want}) == {}
 
 
 def test_hub_round_trip_is_bit_exact(pair, tmp_path):

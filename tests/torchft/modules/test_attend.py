@@ -6,6 +6,7 @@ import cpu_kernels
 import pytest
 import torch
 from oracles import distance
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchft.modules import attend as attend_file
@@ -297,3 +298,33 @@ def test_chunks_of_context_parallel_on_gpu(device, layout, way):
     exact = [x if x is None else x.double() for x in tensors]
     want = with_gradients(partial(formula, lengths=LONG[layout], **options), *exact)
     assert max(relative(got, want)) < BARS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_that_share_a_prompt(monkeypatch, device, way):
+    """FlexAttention with the masks of rows with branches, against the dense masks in fp64."""
+    monkeypatch.setattr(masks, "_kernel", lambda x, *_: "dense" if x.dtype == torch.float64 else "flex")
+    dtype = torch.bfloat16
+    if device == "cpu":  # uncompiled: it computes all scores by the mask's function
+        dtype = torch.float32
+        monkeypatch.setattr(attend_file, "_compiled_flex", lambda: flex_attention)
+    answers = [torch.arange(199, 199 + n) for n in (40, 1, 90)]
+    row = torch.cat([torch.arange(205), *answers, torch.arange(16), torch.arange(15, 47)])
+    positions = torch.stack((row, torch.arange(len(row)))).to(device)
+    tensors = inputs(WAYS[way], 4, dtype, device, s=len(row), c=64)
+    how = {name: value for name, value in WAYS[way].items() if name in ("scale", "soft_cap")}
+    sight = Sight(WAYS[way].get("window"), WAYS[way].get("chunk"), "soft_cap" in how)
+
+    def run(q, k, v, sinks):
+        return attend(q, k, v, visible(q.flatten(2), 64, sight, positions), sinks=sinks, **how)
+
+    exact = [x if x is None else x.double() for x in tensors]
+    values = with_gradients
+    if device == "cpu":  # where FlexAttention has no backward
+
+        def values(function, q, k, v, grad, sinks):
+            return [function(q, k, v, sinks=sinks)]
+
+    found = relative(values(run, *tensors), values(run, *exact))
+    assert max(found) < BARS[dtype]

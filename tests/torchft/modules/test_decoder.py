@@ -8,6 +8,7 @@ from tiny import LLAMA3_ROPE, decoder, tokens
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralForCausalLM
 
+from torchft.documents import Documents
 from torchft.hub import hub_format
 from torchft.modules import masks
 from torchft.modules.decoder import init_weights
@@ -164,7 +165,7 @@ def test_fused_kernels_are_dense(monkeypatch, window):
     model.recompute = True
     with cpu_kernels.installed():
         assert worst(together(model, batch, labels, positions), want) <= EXACT
-        known = model(batch, positions, documents=(6, 10))
+        known = model(batch, positions, documents=Documents(6, 10))
         assert distance(known, model(batch, positions))[0] == 0
 
 
