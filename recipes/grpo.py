@@ -247,9 +247,10 @@ def train(config: Config, run: Run, world: World) -> None:
         compile_blocks(other, budget=plan.budget)
 
     routing.begin(micro_steps=math.ceil(rows_per_update / plan.rows))
-    rollouts = Rollouts(
-        config.rollout, model, tokenizer, prompts, seq_len=config.seq_len, seed=config.seed, world=world
-    )
+    source = {"checkpoint_dir": config.checkpoint_dir, "tokenizer": tokenizer}
+    publish = partial(save_trained, model, run.path / "server", **source, dtype=DTYPES[config.dtype])
+    sizes = {"seq_len": config.seq_len, "seed": config.seed, "world": world}
+    rollouts = Rollouts(config.rollout, model, tokenizer, prompts, **sizes, publish=publish)
     total_steps = rollouts.num_steps(epochs=config.epochs, max_steps=config.max_steps)
     updates = config.passes * config.mini_batches  # of a step
     step = 0
@@ -355,7 +356,7 @@ def train(config: Config, run: Run, world: World) -> None:
             saves = is_due(step, config.save_every, total_steps) or stops
             row = {}
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row()
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row() | rollouts.row()
                 row |= {"rollout_s": rollout_s} | rollout_row(episodes, scores, group_size=config.rollout.group_size)
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 write_samples(run.path / "samples.jsonl", step, episodes, scores)
@@ -381,7 +382,6 @@ def train(config: Config, run: Run, world: World) -> None:
 
     export, adapter = run.path / "export", "adapter" in config.export and config.lora is not None
     whole = "merged" in config.export or not config.lora
-    source = {"checkpoint_dir": config.checkpoint_dir, "tokenizer": tokenizer}
     save_trained(model, export, **source, dtype=DTYPES[config.export_dtype], whole=whole, adapter=adapter)
     where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
     where |= {"samples": f"{run.path / 'samples.jsonl'}"} | {n: f"{v:.3f}" for n, v in row.items() if "eval_" in n}

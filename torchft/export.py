@@ -23,7 +23,7 @@ def save_trained(
     dtype: torch.dtype,
     whole: bool = True,
     adapter: bool = False,
-) -> None:
+) -> Path:
     """A Hub folder with adapters merged in (``whole``), in ``dtype``; in its ``adapter/`` the adapters alone, for PEFT.
 
     ``checkpoint_dir``: where the model came from, whose side files go along. All ranks call it.
@@ -40,3 +40,4 @@ def save_trained(
                 swaps=names.peft_swaps,
             )  # fmt: skip
             save_tokenizer(tokenizer, new / "adapter")
+    return folder

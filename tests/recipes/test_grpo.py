@@ -8,10 +8,13 @@ from letters import write_jsonl
 from processes import run_ranks
 from recipe_runs import digests, hub_model, interrupted, largest_difference, load_recipe, train, weights
 from safetensors.torch import load_file
+from vllm_stub import served
 
 from torchft import registry, shipped
 from torchft.errors import UserError
+from torchft.rl import remote
 from torchft.training.metrics import read_rows
+from torchft.training.saver import Saver
 
 CONFIG = shipped.configs()["demo/grpo"]
 SMALL = [
@@ -222,3 +225,54 @@ def test_it_learns(tmp_path):
     assert before < 0.1 and after > 0.3
     answer = hub_model(run / "export")
     assert answer.config.vocab_size == 448 and (run / "export" / "adapter" / "adapter_config.json").exists()
+
+
+def test_rollouts_from_a_server_are_those_of_the_built_in_engine(grpo, tmp_path, monkeypatch):
+    """The same weights there, so the same run: adapters under a new name each time; whole models from a folder. One
+    that is gone ends the run, which goes on once there is one again."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.02)
+    for options, name, path in (
+        ([SGD], "adapters", "/v1/load_lora_adapter"),
+        (FULL, "whole", "/collective_rpc"),
+    ):
+        local = grpo(tmp_path / name / "local", *options, "max_steps=3")
+        with served(shipped.config_path("demo/base")) as stub:
+            asks = [*options, "max_steps=3", f"rollout.server={{url: {stub.url}, patience_s: 0.2}}", "save_every=1"]
+            run = grpo(tmp_path / name / "remote", *asks)
+            assert (stub.seen[path], stub.seen["/v1/unload_lora_adapter"]) == (3, 2 if name == "adapters" else 0)
+            assert stub.seen["/reset_prefix_cache"] == (3 if name == "whole" else 0)
+        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(local)], abs=1e-5)
+        assert largest_difference(weights(run), weights(local)) < 1e-4
+        assert all(abs(row["mismatch_kl"]) < 1e-5 and "server_retries" not in row for row in rows(run))
+    with served(shipped.config_path("demo/base")) as stub:
+        asks = [SGD, f"rollout.server={{url: {stub.url}, patience_s: 0.2}}", "save_every=1", "max_steps=3"]
+        end = Saver.save
+
+        def then_gone(self, step, *args, **kwargs):
+            end(self, step, *args, **kwargs)
+            stub.failures = 10**6 if step == 1 else 0
+
+        monkeypatch.setattr(Saver, "save", then_gone)
+        with pytest.raises(UserError, match=r"/v1/load_lora_adapter answers 503: overloaded, asked again for 0.2 s"):
+            grpo(tmp_path / "gone", *asks)
+        stub.failures = 0
+        stub.forget()
+        run = grpo(tmp_path / "gone", *asks)
+    assert [row["loss"] for row in rows(run)] == pytest.approx(
+        [row["loss"] for row in rows(tmp_path / "adapters" / "local")], abs=1e-5
+    )
+
+
+def ask_server(folder, overrides):
+    recipe = load_recipe("grpo")
+    train(recipe, CONFIG, folder, *SMALL, *overrides)
+
+
+def test_ranks_ask_one_server(grpo, tmp_path):
+    alone = grpo(tmp_path / "alone", "max_steps=2")
+    with served(shipped.config_path("demo/base")) as stub:
+        run_ranks(ask_server, 2, tmp_path / "together", ["max_steps=2", f"rollout.server.url={stub.url}"])
+        assert stub.seen["/v1/load_lora_adapter"] == 2
+    assert [row["loss"] for row in rows(tmp_path / "together")] == pytest.approx(
+        [row["loss"] for row in rows(alone)], abs=1e-5
+    )

@@ -1,21 +1,26 @@
 """Where training's episodes come from: prompts in order, the engine, the rewards; each of several ranks does a part."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
 
+from torchft.adapters.lora import lora_layers
 from torchft.config import Component, Kind, Range
 from torchft.data.prompts import Prompt, PromptLoader
 from torchft.errors import UserError
+from torchft.generation.engine import Engine
 from torchft.generation.loaded import engine
 from torchft.generation.sampling import Sampling
 from torchft.losses.policy import group_advantages
 from torchft.modules.decoder import Decoder
 from torchft.modules.sharded import gathered
+from torchft.ranks import agree, gather
 from torchft.rl.curves import rollout_row
+from torchft.rl.remote import RemoteEngine, ServerConfig
 from torchft.rl.rollout import Episode, rollout
 from torchft.rl.scoring import RewardConfig, Scorer, Scores, choose
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -32,7 +37,8 @@ class RolloutConfig:
     prompts_per_step: Annotated[int, Range(min=1)] = 64  # of all devices
     group_size: Annotated[int, Range(min=1)] = 8  # answers to each prompt
     sampling: Sampling = field(default_factory=Sampling)
-    num_slots: Annotated[int, Range(min=1)] = 256  # answers that a device computes together
+    num_slots: Annotated[int, Range(min=1)] = 256  # answers that a device computes together, or asks a server for
+    server: ServerConfig | None = None  # a vLLM server that answers in place of the trained model itself
     environment: Annotated[Component, Kind("environment")] | None = None  # what answers the model's turns: tools
     max_turns: Annotated[int, Range(min=1)] = 1
     resample: Annotated[int, Range(min=0)] = 0  # rounds of further prompts, in place of groups with equal rewards
@@ -72,7 +78,9 @@ class Rollouts:
         seq_len: int,
         seed: int,
         world: World,
+        publish: Callable[..., Path],
     ) -> None:
+        """``publish``: as for RemoteEngine, whose server may be asked for."""
         if config.prompts_per_step % world.size:
             raise UserError(
                 f"rollout.prompts_per_step: {config.prompts_per_step} is not a multiple of the {world.size} processes",
@@ -82,7 +90,19 @@ class Rollouts:
         self._config, self._tokenizer, self._seed, self._world = config, tokenizer, seed, world
         self._own = config.prompts_per_step // world.size
         slots = min(config.num_slots, self._own * config.group_size)
-        self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len)
+        self._engine: Engine | RemoteEngine
+        if config.server:
+            self._engine = RemoteEngine(
+                config.server,
+                publish,
+                adapters=bool(lora_layers(model)),
+                num_slots=slots,
+                max_len=seq_len,
+                stop_ids=tokenizer.stop_ids,
+                temperature=config.sampling.temperature,
+            )
+        else:
+            self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len)
         self._scorer = Scorer(config.rewards, timeout_s=config.reward_timeout_s)
 
     def num_steps(self, *, epochs: int, max_steps: int | None) -> int:
@@ -122,9 +142,17 @@ class Rollouts:
         scores = self._scorer.score([episode.attempt for episode in episodes])
         return rollout_row(episodes, scores, group_size=1, prefix="eval_")
 
+    def row(self) -> Row:
+        """All ranks: how often a server was asked again so far, if it was."""
+        if not isinstance(self._engine, RemoteEngine):
+            return {}
+        retries = sum(gather(self._engine.num_retries))
+        return {"server_retries": retries} if retries else {}
+
     def _episodes(self, prompts: Sequence[Prompt], how: Sampling, *, group_size: int, first: int) -> list[Episode]:
         environment = self._config.environment
-        with gathered(self._engine.model):
+
+        def answered() -> list[Episode]:
             return rollout(
                 self._engine,
                 self._tokenizer,
@@ -136,3 +164,15 @@ class Rollouts:
                 environment=environment.build if environment else None,
                 max_turns=self._config.max_turns,
             )
+
+        if isinstance(self._engine, Engine):
+            with gathered(self._engine.model):
+                return answered()
+        self._engine.update()
+        episodes, problem = list[Episode](), None
+        try:
+            episodes = answered()
+        except UserError as e:  # of one rank, for whom the others would wait
+            problem = e
+        agree(problem)
+        return episodes

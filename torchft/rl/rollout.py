@@ -10,6 +10,7 @@ from torchft.generation.requests import Finish, Request
 from torchft.generation.sampling import Sampling
 from torchft.generation.text import answer_text
 from torchft.rl.environments import Environment
+from torchft.rl.remote import RemoteEngine
 from torchft.rl.rewards import Attempt
 from torchft.tokenizers.chat import Message
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Episode:
 
 
 def rollout(
-    engine: Engine,
+    engine: Engine | RemoteEngine,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -86,7 +87,7 @@ def rollout(
     return episodes
 
 
-def _goes_on(episode: Episode, tokenizer: Tokenizer, engine: Engine) -> bool:
+def _goes_on(episode: Episode, tokenizer: Tokenizer, engine: Engine | RemoteEngine) -> bool:
     """Hear what the environment says; whether there is a next turn."""
     said = episode.environment.step(episode.text) if episode.environment else []
     if not said:
