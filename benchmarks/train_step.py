@@ -33,6 +33,7 @@ from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, num_par
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.data.packing import pack
+from torchft.documents import count_documents
 from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.models.shallow import build_shallow
 from torchft.ranks import gather, is_main, local
@@ -149,7 +150,7 @@ def measure(given: argparse.Namespace, world: World) -> None:
         for tokens, labels, positions in parts:
             if shards.count > 1:
                 tokens, labels = shards.own(tokens), shards.own(labels)
-            counts = documents(positions) if packed else None
+            counts = count_documents(positions) if packed else None
             sent.append((*(t.to(device) for t in (tokens, labels, positions)), counts, int((labels != IGNORE).sum())))
         torch.cuda.synchronize() if device.type == "cuda" else None
         if step == WARM and device.type == "cuda":
@@ -222,11 +223,6 @@ def batch(given: argparse.Namespace, vocab: int) -> tuple[torch.Tensor, torch.Te
             positions[r, start:end] = torch.arange(end - start)
         labels[r, ends[-1] :] = IGNORE
     return tokens, labels, positions
-
-
-def documents(positions: torch.Tensor) -> tuple[int, int]:
-    """How many documents the rows hold, and the tokens of the longest; counted on the host."""
-    return int((positions == 0).sum()), int(positions.max()) + 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from oracles import distance
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchft.documents import Documents
 from torchft.modules import attend as attend_file
 from torchft.modules import masks
 from torchft.modules.attend import attend
@@ -143,12 +144,12 @@ def test_fused_takes_slices_of_one_projection(on_cpu):
 def test_known_documents_are_enough(on_cpu):
     on_cpu("flash")
     lengths = LAYOUTS["mixed"]
-    known = sum(map(len, lengths)), max(map(max, lengths))
+    known = Documents(sum(map(len, lengths)), max(map(max, lengths)))
     for way in ({}, {"chunk": 8}, {"window": 7}):
         assert max(errors(way, lengths, inputs(way), known)) < 2e-6
     with pytest.raises(AssertionError, match="longer than max_q"):
-        errors({}, lengths, inputs({}), (known[0], 20))
-    missing = errors({}, lengths, inputs({}), (known[0] - 1, known[1]))
+        errors({}, lengths, inputs({}), known._replace(longest=20))
+    missing = errors({}, lengths, inputs({}), known._replace(num=known.num - 1))
     assert not max(missing) < 0.1  # NaN: the last document was not computed
 
 

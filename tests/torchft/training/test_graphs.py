@@ -10,6 +10,7 @@ from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.documents import Documents
 from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.modules.decoder import init_weights
 from torchft.training.compile import compile_blocks
@@ -68,7 +69,7 @@ def batches(*, packed, steps=3, micro_steps=2, b=2, s=256):
             labels[:, : 7 * (step + 1)] = IGNORE
             length = (64, 32, 128)[step]
             positions = torch.arange(s, device="cuda").expand(b, s) % length if packed else None
-            window.append((tokens, labels, positions, (b * s // length, length) if packed else None))
+            window.append((tokens, labels, positions, Documents(b * s // length, length) if packed else None))
         yield window
 
 

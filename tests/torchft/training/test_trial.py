@@ -9,6 +9,7 @@ from oracles import distance
 from tiny import LLAMA3_ROPE, decoder
 
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
+from torchft.documents import Documents
 from torchft.errors import UserError
 from torchft.losses.likelihood import nll_sum
 from torchft.training import trial
@@ -41,7 +42,7 @@ def model_on(device):
 
 
 def step(model, tokens, labels, positions):
-    documents = None if positions is None else (tokens.shape[0], tokens.shape[1])
+    documents = None if positions is None else Documents(tokens.shape[0], tokens.shape[1])
     return model(tokens, positions, head=partial(nll_sum, labels=labels), documents=documents) / labels.numel()
 
 
