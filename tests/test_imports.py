@@ -13,6 +13,7 @@ FOUNDATION = {
 ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "weights": FOUNDATION,
+    "sentence_transformers": FOUNDATION,
     "staging": FOUNDATION,
     "vocabulary": FOUNDATION | {"weights", "tokenizers"},
     "kernels": set(),

@@ -62,6 +62,7 @@ COMPONENTS: dict[str, str] = {
     "torchft.losses.preference.robust": "preference_loss",
     "torchft.losses.preference.simpo": "preference_loss",
     "torchft.data.prompts.prompts": "prompts",
+    "torchft.data.texts.texts": "texts",
     "torchft.rl.environments.calculator": "environment",
     "torchft.rl.reward_model.reward_model": "reward",
     "torchft.rl.rewards.exact_match": "reward",

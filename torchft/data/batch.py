@@ -26,7 +26,7 @@ class Batch:
     labels: Tensor  # [b, s] int64; already shifted; IGNORE where nothing is trained
     positions: Tensor | None  # [b, s] int64; None: every row is one document from 0, padded at its end
     documents: Documents | None  # where there are positions; branches, which are documents of their own, among them
-    documents_of: Tensor  # [samples, 1 or 2] int64: which documents, in reading order, are each sample's
+    documents_of: Tensor  # [samples, n] int64: which documents, in reading order, are each sample's
     targets: Tensor | None  # [samples, ...] fp32: the numbers to learn of each sample
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     num_tokens: int  # of rows that hold samples, padding after them included
@@ -78,7 +78,7 @@ def collate(
     *,
     shape: tuple[int, int],
     packed: bool,
-    are_pairs: bool,
+    num_documents: int,
     pad_id: int,
     targets: Tensor | None,
     all_supervised: int,
@@ -92,21 +92,23 @@ def collate(
 
     ``shares_prompts``: the second document of a pair is only its tokens from `shared_tokens` on.
 
-    Where ranks share rows, s grows to what they can share, and the batch is this rank's.
+    ``num_documents``: of each sample. Where ranks share rows, s grows to what they can share, and the batch is this
+    rank's.
     """
     b, s = shape[0], -(-shape[1] // shards.multiple) * shards.multiple
     tokens = torch.full((b, s), pad_id)
     labels = torch.full((b, s), IGNORE)
     count = torch.arange(s)
-    positions = count.repeat(b, 1) if packed or are_pairs else None  # an empty row is one document
-    documents_of, num_documents, has_branches = list[list[int]](), 0, False
+    positions = count.repeat(b, 1) if packed or num_documents > 1 else None  # an empty row is one document
+    documents_of, found, has_branches = list[list[int]](), 0, False
     for r, row in enumerate(rows):
         at = 0
         for documents in row:
-            documents_of.append(list(range(num_documents, num_documents + len(documents))))
-            num_documents += len(documents)
+            documents_of.append(list(range(found, found + len(documents))))
+            found += len(documents)
             shared = shared_tokens(*documents) if shares_prompts else 0
-            for skipped, (document_tokens, document_labels) in zip((0, shared), documents):
+            for i, (document_tokens, document_labels) in enumerate(documents):
+                skipped = shared if i == 1 else 0
                 n = len(document_tokens) - skipped
                 tokens[r, at : at + n] = document_tokens[skipped:]
                 labels[r, at : at + n] = document_labels[skipped:]
@@ -116,14 +118,14 @@ def collate(
                 at += n
         if positions is not None and at < s:
             positions[r, at:] = count[: s - at]  # the padding is a document of its own
-            num_documents += 1
-    num_documents += b - len(rows)
+            found += 1
+    found += b - len(rows)
     batch = Batch(
         tokens=tokens,
         labels=labels,
         positions=positions,
-        documents=None if positions is None else Documents(num_documents, int(positions.max()) + 1, has_branches),
-        documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(samples), 1 + are_pairs),
+        documents=None if positions is None else Documents(found, int(positions.max()) + 1, has_branches),
+        documents_of=torch.tensor(documents_of, dtype=torch.int64).view(len(samples), num_documents),
         targets=targets,
         num_tokens=len(rows) * s,
         num_supervised=int((labels != IGNORE).sum()),

@@ -80,7 +80,7 @@ class Loader:
         self._labels = torch.frombuffer(samples.labels, dtype=torch.int32)  # [t], a view
         until = torch.cat([torch.zeros(1, dtype=torch.int64), (self._labels != IGNORE).cumsum(0)])  # before each token
         self._supervised = until[torch.as_tensor(samples.starts)].diff()  # [samples]
-        self._are_pairs = samples.are_pairs
+        self._num_documents = samples.num_documents
         self._targets = None
         if samples.targets:
             self._targets = torch.frombuffer(samples.targets, dtype=torch.float32).view(len(samples), -1)  # a view
@@ -177,7 +177,7 @@ class Loader:
                 data.seq_len if whole else padded_length(longest, data.seq_len),
             ),
             packed=self.packed,
-            are_pairs=self._are_pairs,
+            num_documents=self._num_documents,
             pad_id=data.pad_id,
             targets=None if self._targets is None else self._targets[list(samples)],
             all_supervised=int(self._supervised[[sample for row in of for sample in row]].sum()),

@@ -12,6 +12,7 @@ from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 
 Policy = Literal["drop", "error"]
+ENDS = -1  # a sample's border where it has several documents, each of which ends at a token with a label
 
 
 class Encoded(NamedTuple):
@@ -20,7 +21,7 @@ class Encoded(NamedTuple):
     tokens: list[int]
     train: list[bool]
     has_control_text: bool = False
-    border: int = 0  # tokens of the first of two documents, a pair; 0: all are of one
+    border: int = 0  # tokens of the first of two documents, a pair; 0: all are of one; ENDS: of several
     targets: tuple[float, ...] = ()  # numbers to learn besides
     labels: list[int] | None = None  # what is to be learned at each token, if not the next one
 
@@ -46,7 +47,7 @@ class Sample:
 
     tokens: list[int]
     labels: list[int]
-    border: int = 0  # tokens of the first of two documents; 0: there is one
+    border: int = 0  # tokens of the first of two documents; 0: there is one; ENDS: several
     targets: tuple[float, ...] = ()
 
 
@@ -91,7 +92,7 @@ class Samples:
     def __init__(self, *, seq_len: int, pad_id: int) -> None:
         self.seq_len, self.pad_id = seq_len, pad_id
         self.tokens, self.labels, self.starts = array("i"), array("i"), array("q", [0])
-        self.borders = array("i")  # of each sample, tokens of the first of its two documents; 0: it is one
+        self.borders = array("i")  # of each sample, tokens of the first of its two documents; 0: it is one; ENDS
         self.targets = array("f")  # numbers to learn, as many for each sample
         self.counts = Counts()
         self.numbers = array("q")  # where a sample came from: its row's number ...
@@ -113,7 +114,7 @@ class Samples:
 
     def extend(self, other: "Samples", part: Part) -> None:
         """Append all samples of another data set as a part of this one. UserError if they are of another kind."""
-        if len(self) and (self.are_pairs, self.num_targets) != (other.are_pairs, other.num_targets):
+        if len(self) and (self.num_documents, self.num_targets) != (other.num_documents, other.num_targets):
             raise UserError(
                 f"datasets: {part.name} holds another kind of samples than those before it; do not mix them"
             )
@@ -149,13 +150,21 @@ class Samples:
         return len(self.targets) // max(len(self), 1)
 
     @property
+    def num_documents(self) -> int:
+        """Of each sample."""
+        return len(self.documents(0))
+
+    @property
     def are_pairs(self) -> bool:
-        """Whether each sample is two documents: of a pair the chosen one, then the rejected one."""
+        """Whether each sample is two documents (of a pair the chosen one, then the rejected one) or several."""
         return any(self.borders)
 
     def documents(self, index: int) -> list[slice]:
-        """The places in ``tokens`` of sample ``index``'s documents: one, or two."""
+        """The places in ``tokens`` of sample ``index``'s documents."""
         start, border, stop = self.starts[index], self.borders[index], self.starts[index + 1]
+        if border == ENDS:
+            ends = [i + 1 for i in range(start, stop) if self.labels[i] != IGNORE]
+            return [slice(*place) for place in zip([start, *ends], ends)]
         return [slice(start, start + border), slice(start + border, stop)] if border else [slice(start, stop)]
 
     def lengths(self) -> list[int]:
@@ -185,7 +194,7 @@ def shift(tokens: list[int], train: list[bool]) -> Sample:
 def learned(encoded: Encoded) -> Sample:
     """The sample of a row whose tokens fit."""
     if encoded.labels is not None:
-        return Sample(tokens=encoded.tokens, labels=encoded.labels, targets=encoded.targets)
+        return Sample(tokens=encoded.tokens, labels=encoded.labels, border=encoded.border, targets=encoded.targets)
     return replace(shift(encoded.tokens, encoded.train), border=encoded.border, targets=encoded.targets)
 
 

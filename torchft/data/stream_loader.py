@@ -202,7 +202,7 @@ class StreamLoader:
             [[item.documents for item in row] for row in own],
             shape=(len(own), seq_len if whole else padded_length(max(item.length for item in items), seq_len)),
             packed=self.packed,
-            are_pairs=self.samples.are_pairs,
+            num_documents=1 + self.samples.are_pairs,
             pad_id=self.samples.pad_id,
             targets=torch.tensor([item.targets for item in items]) if self.samples.num_targets else None,
             all_supervised=sum(item.supervised for row in rows for item in row),

@@ -15,7 +15,7 @@ def document_sums(values: Tensor, positions: Tensor | None, count: int) -> Tenso
     """Sum of ``values`` [b, s] over each of ``count`` documents, [n] in their dtype; the same bits every time."""
     if positions is None:
         return values.sum(1)
-    lengths = _starts(positions, count).diff(append=torch.tensor([values.numel()], device=values.device))
+    lengths = document_starts(positions, count).diff(append=torch.tensor([values.numel()], device=values.device))
     return torch.segment_reduce(values.flatten(), "sum", lengths=lengths, unsafe=True)  # unsafe: waits for no check
 
 
@@ -36,11 +36,13 @@ def desensitised(
     shared[pairs] = lengths[pairs].amin(1, keepdim=True).expand(-1, 2)
     document = run_starts(positions).flatten().cumsum(0) - 1  # [b * s], of each token
     seen = (labels != IGNORE).flatten().cumsum(0)  # tokens with a label up to this one, over all documents
-    before = seen[_starts(positions, count)] - (labels.flatten()[_starts(positions, count)] != IGNORE).long()
+    before = (
+        seen[document_starts(positions, count)] - (labels.flatten()[document_starts(positions, count)] != IGNORE).long()
+    )
     is_shared = seen - before[document] <= shared[document]
     return torch.where(is_shared.view_as(logps), logps, alpha * logps)
 
 
-def _starts(positions: Tensor, count: int) -> Tensor:
+def document_starts(positions: Tensor, count: int) -> Tensor:
     """The place [n] of each document's first token among all b * s; ``count`` spares waiting for the device."""
     return run_starts(positions).flatten().nonzero_static(size=count).squeeze(1)

@@ -78,6 +78,11 @@ class Tokenizer:
         tokens = self._encode([Segment(text, control=control)]).tokens
         return [*self._special.before, *tokens, *self._special.after] if add_special_tokens else tokens
 
+    def encode_within(self, text: str, max_tokens: int) -> list[int]:
+        """As ``encode`` with special tokens, of plain text, whose end is cut off where they are over ``max_tokens``."""
+        room = max_tokens - len(self._special.before) - len(self._special.after)
+        return [*self._special.before, *self.encode(text, control=False)[: max(room, 0)], *self._special.after]
+
     def num_control(self, text: str, *, special_only: bool = False) -> int:
         """How many strings in ``text`` look like control tokens; with ``special_only`` not counting ``<think>``."""
         if not self._added.may_stand_in(text):

@@ -1,0 +1,205 @@
+"""Embedding models from end to end: against transformers, packed, cached, resumed, on ranks, and as folders of
+sentence-transformers."""
+
+import json
+import random
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from letters import write_jsonl
+from processes import run_ranks
+from recipe_runs import (
+    WORDS,
+    digests,
+    interrupted,
+    largest_difference,
+    load_recipe,
+    losses,
+    rows,
+    train,
+    weights,
+    write_settings,
+)
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from torchft.errors import UserError
+from torchft.sentence_transformers import read_pooling
+from torchft.training.metrics import read_rows
+
+SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.02}"
+CONSTANT = "lr_schedule={_component_: torchft.training.schedules.constant}"
+EPOCH = ["batch_size=13", "gradient_accumulation_steps=1", SGD, CONSTANT]
+LORA = "lora={rank: 4, alpha: 24}"
+GOLDEN = [0.8557, 0.7480, 0.3839]
+
+
+def texts(count, seed=0):
+    """Queries, the same words the other way round, and words of another row."""
+    rng = random.Random(seed)
+    words = [rng.sample(WORDS, 2 + i % 4) for i in range(count)]
+    return [
+        {
+            "query": " ".join(w),
+            "positive": " ".join(reversed(w)),
+            "negative": [" ".join(words[i - 1][:1] + w[1:])],
+        }
+        for i, w in enumerate(words)
+    ]
+
+
+ROWS = texts(13)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, base):
+    """A small ModernBERT with the tokenizer of ``base``."""
+    folder = tmp_path_factory.mktemp("encoder")
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = transformers.ModernBertConfig(
+        vocab_size=1216, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        local_attention=8, pad_token_id=None, bos_token_id=0, eos_token_id=1, cls_token_id=0, sep_token_id=1,
+        initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.ModernBertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, base):
+    folder = tmp_path_factory.mktemp("texts")
+    path = write_settings(folder, base, folder / "none")
+    source = write_jsonl(folder / "texts.jsonl", ROWS)
+    dataset = {"source": source, "num_negatives": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": dataset, "temperature": 0.1}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(settings):
+    recipe = load_recipe("embedding_finetune")
+    recipe.draw_loss = lambda *args, **kwargs: None
+    return partial(train, recipe, settings)
+
+
+def hub_embeddings(model, folder, sentences, pooling):
+    """transformers' hidden states pooled as the name says, [n, d]."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for sentence in sentences:
+        ids = torch.tensor([tokenizer(sentence)["input_ids"]])
+        hidden = model(input_ids=ids).last_hidden_state[0]
+        found.append({"last": hidden[-1], "cls": hidden[0], "mean": hidden.mean(0)}[pooling])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_training_is_transformers(run, base, encoder, tmp_path, kind, pooling):
+    """Step by step: a cross-entropy over cosines of transformers' hidden states; and what is exported."""
+    folder = base if kind == "decoder" else encoder
+    out = run(
+        tmp_path / "run", f"checkpoint_dir={folder}", f"pooling={pooling}", *EPOCH, "epochs=3", "clip_grad_norm=0.5"
+    )
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model.train(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    columns = [[r["query"] for r in ROWS], [r["positive"] for r in ROWS], [r["negative"][0] for r in ROWS]]
+    for row in rows(out):
+        q, p, n = (F.normalize(hub_embeddings(model, folder, c, pooling), dim=-1) for c in columns)
+        loss = F.cross_entropy(q @ torch.cat((p, n)).T / 0.1, torch.arange(13))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    again = AutoModel.from_pretrained(out / "export", dtype=torch.float32)
+    assert largest_difference(dict(again.named_parameters()), dict(model.named_parameters())) < 1e-4
+    assert read_pooling(out / "export") == pooling
+
+
+def test_it_learns_to_find(run, encoder, tmp_path):
+    source = write_jsonl(tmp_path / "held_out.jsonl", ROWS)
+    out = run(
+        tmp_path / "run", f"checkpoint_dir={encoder}", "epochs=12", "packed=true", f"dataset_eval={{source: {source}}}",
+        "symmetric=true", "matryoshka_dims=[32, 128]",
+    )  # fmt: skip
+    found = [row for row in read_rows(out / "metrics.jsonl") if "eval_mrr" in row]
+    assert found[0]["step"] == 0 and found[-1]["eval_recall_at_1"] > found[0]["eval_recall_at_1"]
+    assert found[-1]["eval_recall_at_1"] > 0.9 and found[-1]["eval_loss"] < found[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("options", [[], [LORA]], ids=["full", "lora"])
+def test_many_small_batches_are_one_large_one(run, encoder, tmp_path, options):
+    """GradCache: all rows of a step are negatives of each other; packed rows too."""
+    common = [f"checkpoint_dir={encoder}", SGD, CONSTANT, "epochs=2", *options]
+    one = run(tmp_path / "one", *common, "batch_size=13", "gradient_accumulation_steps=1")
+    small = run(tmp_path / "small", *common, "batch_size=2", "gradient_accumulation_steps=7")
+    packed = run(tmp_path / "packed", *common, "batch_size=1", "gradient_accumulation_steps=13", "packed=true")
+    for other in (small, packed):
+        assert (losses(other) - losses(one)).abs().max() < 1e-5
+        assert largest_difference(weights(other), weights(one)) < 1e-5
+    assert losses(one)[1] < losses(one)[0]
+
+
+def test_resume_is_bit_exact(run, encoder, tmp_path, monkeypatch):
+    options = [f"checkpoint_dir={encoder}", "lora={rank: 4, dropout: 0.1}", "save_every=1"]
+    whole = run(tmp_path / "whole", *options)
+    for step in (1, 3, 4):
+        with interrupted(monkeypatch, step):
+            run(tmp_path / "parts", *options)
+    parts = run(tmp_path / "parts", *options)
+    assert (rows(parts), digests(parts)) == (rows(whole), digests(whole))
+
+
+def part(settings, output_dir, overrides):
+    train(load_recipe("embedding_finetune"), settings, output_dir, *overrides)
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_two_ranks_are_one_process(run, settings, encoder, tmp_path, symmetric):
+    """13 rows in steps of 8: the last one has 3 rows of one rank and 2 of the other."""
+    options = [f"checkpoint_dir={encoder}", "epochs=2", "optimizer.lr=1e-3", CONSTANT, f"symmetric={symmetric}"]
+    alone = run(tmp_path / "alone", *options, "batch_size=8", "gradient_accumulation_steps=1")
+    run_ranks(part, 2, settings, tmp_path / "together", [*options, "batch_size=2"])
+    assert (losses(tmp_path / "together") - losses(alone)).abs().max() < 1e-4 and len(losses(alone)) == 4
+    exports = [load_file(folder / "export" / "model.safetensors") for folder in (tmp_path / "together", alone)]
+    assert largest_difference(*exports) < 1e-3
+
+
+def test_sentence_transformers_reads_the_export(run, base, encoder, tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    for folder, pooling in ((base, "last"), (encoder, "mean")):
+        out = run(
+            tmp_path / pooling, f"checkpoint_dir={folder}", "epochs=1", f"pooling={pooling}",
+            "dataset.query_prompt='ask: '",
+        )  # fmt: skip
+        theirs = st.SentenceTransformer(str(out / "export"), device="cpu")
+        sentences = [row["query"] for row in ROWS]
+        model = AutoModel.from_pretrained(out / "export", dtype=torch.float32)
+        with torch.no_grad():
+            want = hub_embeddings(model, out / "export", [f"ask: {s}" for s in sentences], pooling)
+        got = torch.tensor(theirs.encode(sentences, prompt_name="query", batch_size=5))
+        assert (got - F.normalize(want, dim=-1)).abs().max() < 1e-5
+
+
+def test_bad_choices_are_named(run, encoder, tmp_path):
+    with pytest.raises(UserError, match="matryoshka_dims: 256 is no width of an embedding of 128"):
+        run(tmp_path / "run", f"checkpoint_dir={encoder}", "matryoshka_dims=[64, 256]")
+    (tmp_path / "folder").mkdir()
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}]
+    (tmp_path / "folder" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="has Dense, which torchft does not have"):
+        read_pooling(tmp_path / "folder")
+
+
+def test_golden_losses(run, encoder, tmp_path):
+    """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not."""
+    options = [f"checkpoint_dir={encoder}", LORA, "epochs=1", CONSTANT, "optimizer.lr=1e-3"]
+    assert losses(run(tmp_path / "run", *options)).tolist()[:3] == pytest.approx(GOLDEN, abs=1e-4)
