@@ -308,11 +308,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     sizes = {"steps": total_steps, "rows": rows_per_step, "seq_len": config.seq_len, "step": step, "output": run.path}
-    facts = {
-        "loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}",
-        "data": str(summary),
-        "prompts": prompts,
-    }
+    facts = {"loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}", "data": str(summary)}
     facts |= {"prompts": prompts} | run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Preference training", facts, masked_tokens(loader.samples[0], tokenizer))
@@ -364,8 +360,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
             end_of_step()
             routing.end_of_step()
-            supervised = sum(batch.all_supervised for batch in window)
-            meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
+            meter.add(loss, tokens=sum(b.num_tokens for b in window), supervised=sum(b.all_supervised for b in window))
             row: Row = {}
             evaluates = is_due(step, config.eval_every, total_steps)
             stops = step < total_steps and bool(asked)  # all ranks alike

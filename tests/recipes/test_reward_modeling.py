@@ -23,8 +23,9 @@ from recipe_runs import (
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from torchft import tokenizers
+from torchft import shipped, tokenizers
 from torchft.errors import UserError
+from torchft.training.metrics import read_rows
 
 PAIRS = preferences(13)
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.02}"
@@ -205,6 +206,15 @@ def test_a_document_that_ends_in_the_padding_token(rewards, base, judged, tmp_pa
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
     run = rewards(tmp_path / "run", *judged["pairs"], f"checkpoint_dir={folder}", "max_steps=1")
     assert json.loads((run / "export" / "config.json").read_text())["pad_token_id"] is None
+
+
+def test_the_demo_in_short(tmp_path):
+    """A few steps teach it more than half of which answers to held-out prompts are the better ones."""
+    short = ["max_steps=16", "log_every=16", "eval_every=16", "batch_size=2", "dataset_eval.max_rows=50"]
+    run = train(load_recipe("reward_modeling"), shipped.find_config("demo/reward"), tmp_path / "run", *short)
+    before, after = read_rows(run / "metrics.jsonl")
+    assert before["eval_accuracy"] < 0.65 and after["eval_accuracy"] >= 0.68
+    assert after["eval_margin"] > before["eval_margin"] + 0.2 and after["eval_loss"] < 0.65 < before["eval_loss"]
 
 
 def test_golden_losses(rewards, judged, tmp_path, no_picture):

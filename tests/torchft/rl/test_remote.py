@@ -48,7 +48,10 @@ def questions(tokenizer, sampling, count=6):
     [
         Sampling(temperature=1.5, max_new_tokens=12),
         Sampling(temperature=0.0, max_new_tokens=5),
-        Sampling(temperature=1.5, top_k=4, top_p=0.9, min_p=0.01, repetition_penalty=1.3, max_new_tokens=9, stop=["e"]),
+        Sampling(temperature=3.0, top_k=3, max_new_tokens=12),
+        Sampling(temperature=3.0, top_p=0.7, max_new_tokens=12),
+        Sampling(temperature=3.0, min_p=0.2, repetition_penalty=1.5, max_new_tokens=12),
+        Sampling(temperature=0.0, max_new_tokens=12, stop=["l", "7"]),
     ],
 )
 def test_answers_are_those_of_the_built_in_engine(stub, local, sampling):
