@@ -10,6 +10,7 @@ from torchft import models, shipped
 from torchft.adapters.lora import apply_lora, num_parameters
 from torchft.adapters.nf4 import apply_nf4
 from torchft.config_load import load
+from torchft.errors import UserError
 
 CONFIGS = shipped.configs()
 SIZES = {name.lower(): f"{family}/{name}" for family, module in models.FAMILIES.items() for name in module.CONFIGS}
@@ -53,6 +54,12 @@ def test_config_is_valid_and_fits_its_model(name: str, tmp_path: Path) -> None:
         trained, total = num_parameters(model)
         assert 0 < trained < 0.2 * total
     assert config.seq_len <= model.config.max_seq_len
+
+
+@pytest.mark.parametrize("recipe", shipped.recipes())
+def test_n5_there_is_no_dtype_that_a_device_lacks(recipe: str) -> None:
+    with pytest.raises(UserError, match=r"dtype: .*fp16"):
+        load(recipe_config(recipe), recipe=recipe, file=None, overrides=["dtype=fp16"])
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith("demo/")])

@@ -6,12 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_fault_has_its_tests_or_says_why_not():
+def test_every_fault_has_its_tests():
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     lines = [x for x in (ROOT / "docs" / "faults.md").read_text().splitlines() if re.match(r"\| [KXNR]\d", x)]
     rows = {cells[1].strip(): cells[4] for cells in (line.split("|") for line in lines)}
     assert len(rows) > 45
-    assert [fault for fault, names in rows.items() if not names.strip()] == ["X5", "N5", "R3"]
+    assert not [fault for fault, names in rows.items() if "`test_" not in names]
     for fault, names in rows.items():
         for name in re.findall(r"`(test_\w+)`", names):
             assert f"def {name}(" in tests, f"{fault}: {name}"

@@ -23,5 +23,6 @@ srun tune run "$@" \
     --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "$head_node:29500" \
+    --rdzv-conf read_timeout=120 \
     --max-restarts 3 \
     "parallel.replicate=$SLURM_NNODES"

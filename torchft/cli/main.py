@@ -4,9 +4,11 @@ Exit codes: 0 done, 2 the user can fix it (one message, no traceback unless ``--
 130 interrupted.
 """
 
+import errno
 import importlib
 import importlib.metadata
 import os
+import resource
 import sys
 import time
 import traceback
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def exit_on_user_error(*, debug: bool) -> Iterator[None]:
-    """Turn a UserError into a message and exit code 2, and Ctrl-C into 130."""
+    """Turn a UserError, or too many open files, into a message and exit code 2, and Ctrl-C into 130."""
     try:
         yield
     except UserError as e:
@@ -67,6 +69,13 @@ def exit_on_user_error(*, debug: bool) -> Iterator[None]:
             time.sleep(60)  # rank 0 says it; when it exits, torchrun ends this process
         else:
             print(redact(f"{'' if alone or e.is_shared else f'[rank {rank}] '}error: {e}"), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.EMFILE, errno.ENFILE) or debug:
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        way_out = f"this process may have {limit} open; run `ulimit -n 65536` before the command, in the same shell"
+        print(redact(f"error: {e}: {way_out}"), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

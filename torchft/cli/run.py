@@ -19,6 +19,7 @@ from typing import TypeVar
 from torchft import registry, shipped
 from torchft.cli.arguments import Parser
 from torchft.cli.main import exit_on_user_error
+from torchft.cli.rendezvous import check_rendezvous
 from torchft.config_load import load
 from torchft.errors import UserError
 from torchft.redact import redact, redact_record
@@ -131,10 +132,12 @@ def _torchrun(options: list[str], command: list[str]) -> None:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if not any(option.startswith("--nproc-per-node=") for option in options):
         devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
         options = [*options, f"--nproc-per-node={devices}"]
+    check_rendezvous({name[2:]: value for name, _, value in (option.partition("=") for option in options)})
     given = {option.partition("=")[0] for option in options}
     if "--rdzv-endpoint" in given and "--rdzv-backend" not in given:
         options = [*options, "--rdzv-backend=c10d"]  # the one that reads it; torchrun's default does not
@@ -164,8 +167,9 @@ def _torchrun(options: list[str], command: list[str]) -> None:
     except SignalException as e:
         print(f"\n{signal.Signals(e.sigval).name}: stopped all processes", file=sys.stderr)
         sys.exit(128 + e.sigval)
-    except ValueError as e:
-        raise UserError(f"torchrun: {e}") from None
+    except (ValueError, RendezvousError) as e:
+        why = str(e) or "not all nodes came in time (--rdzv-conf=join_timeout=600, seconds); start the others too"
+        raise UserError(f"torchrun: {why}") from None
 
 
 _passed_on: list[int] = []  # signals that the processes have been sent

@@ -1,9 +1,12 @@
 """Exit codes, help, and that no verb imports more than it needs."""
 
+import resource
 import subprocess
 import sys
 
 import pytest
+
+from torchft.cli.main import exit_on_user_error
 
 
 def test_help_and_version(tune):
@@ -65,3 +68,23 @@ def test_a_closed_pipe_is_no_error():
     listing.stdout.close()
     assert listing.stderr.read() == b""
     assert listing.wait() == 0
+
+
+@exit_on_user_error(debug=False)
+def open_files(files, path):
+    for _ in range(65):
+        files.append(open(path, "w"))  # noqa: SIM115 the point is to leave them open
+
+
+def test_r3_too_many_open_files_says_what_to_raise(tmp_path, capsys):
+    before, files = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            open_files(files, tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for file in files:
+            file.close()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "Too many open files" in told and "have 64 open; run `ulimit -n 65536`" in told

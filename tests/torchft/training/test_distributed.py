@@ -105,6 +105,18 @@ def test_x11_strided_tensors_are_summed_right():
     assert run_ranks(sum_of_columns, 2) == [want, want]
 
 
+def sum_of_other_shapes():
+    dist.set_debug_level_from_env()  # as importing torch does, which here came before the variable
+    with distributed.init(ParallelConfig(), device="cpu") as world, pytest.raises(RuntimeError) as told:
+        world.sum(torch.ones(999 + world.rank))
+    return str(told.value)
+
+
+def test_x5_other_shapes_are_told_by_torchs_debug_mode():
+    for text in run_ranks(sum_of_other_shapes, 2, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}):
+        assert "mismatch" in text and "999" in text and "1000" in text
+
+
 def model_and_grads():
     """A small model of odd sizes with known gradients, the same in all ranks' eyes; sharded if there are several."""
     torch.manual_seed(0)

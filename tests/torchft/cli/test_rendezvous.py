@@ -1,0 +1,93 @@
+"""Addresses where nodes cannot meet are refused within seconds, with the way out."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from torchft.cli import rendezvous
+from torchft.cli.rendezvous import ANSWER_S, WAIT_S, check_rendezvous
+from torchft.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def busy():
+    """A port of this machine on which something listens that never says a word."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        yield s.getsockname()[1]
+
+
+@pytest.fixture
+def free():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def refused(options, match):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=match):
+        check_rendezvous(options)
+    return time.monotonic() - began
+
+
+def test_x9_a_port_that_another_program_has(busy, monkeypatch):
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 1)
+    took = refused({"rdzv-endpoint": f"127.0.0.1:{busy}"}, "no launcher of this job; take a port that is free")
+    assert took < 10
+    assert refused({"master-addr": "127.0.0.1", "master-port": str(busy)}, "another program has this port") < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rdzv-endpoint": "nowhere.invalid:29500"},
+        {"rdzv-endpoint": "192.0.2.1:29500"},  # of no machine: https://datatracker.ietf.org/doc/html/rfc5737
+        {"master-addr": "127.0.0.1", "master-port": "FREE", "node-rank": "1"},
+    ],
+)
+def test_x9_an_address_where_nobody_is(options, free, monkeypatch):
+    monkeypatch.setattr(rendezvous, "WAIT_S", 1)
+    options = {name: value.replace("FREE", str(free)) for name, value in options.items()}
+    assert refused(options, r"cannot be reached in 1 s: .* start the first node") < 10
+
+
+def test_x9_is_said_within_30_s():
+    assert WAIT_S + ANSWER_S < 30
+
+
+def test_who_comes_first_listens_and_who_comes_later_finds_it(free):
+    meeting = {"rdzv-endpoint": f"127.0.0.1:{free}"}
+    check_rendezvous(meeting)
+    check_rendezvous({"master-addr": "127.0.0.1", "master-port": str(free), "node-rank": "0"})
+    store = TCPStore("127.0.0.1", free, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=9))
+    check_rendezvous(meeting)
+    check_rendezvous({"master-addr": "127.0.0.1", "master-port": str(free), "node-rank": "1"})
+    del store
+
+
+def test_ports_and_what_torchrun_decides_itself():
+    refused({"rdzv-endpoint": "node1:http"}, "'http' is no port")
+    check_rendezvous({})
+    check_rendezvous({"standalone": ""})
+    check_rendezvous({"rdzv-backend": "etcd-v2", "rdzv-endpoint": "nowhere.invalid:2379"})
+
+
+def test_x9_on_the_command_line():
+    words = ["run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=nowhere.invalid:29500"]
+    command = [sys.executable, "-c", "import sys; from torchft.cli.main import main; sys.exit(main())", *words]
+    command += ["--rdzv-conf=read_timeout=1", "lora_finetune", "--config", "demo/lora"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert "--rdzv-endpoint nowhere.invalid:29500 cannot be reached in 1 s" in ended.stderr
