@@ -179,6 +179,18 @@ def test_answers_on_two_ranks_are_those_of_one_process(distill, kd_settings, tmp
     assert [row.get("response_tokens") for row in ours] == [row.get("response_tokens") for row in want]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_answers_on_a_gpu_are_those_of_a_cpu(distill, tmp_path, no_picture):
+    """With compiled blocks, replayed micro-steps and decoding in CUDA graphs."""
+    options = [*EPOCH, "rewrite.student_share=1", "rewrite.sampling={temperature: 0.0, max_new_tokens: 9}", "epochs=3"]
+    cpu = distill(tmp_path / "cpu", *options)
+    gpu = distill(tmp_path / "gpu", *options, "device=cuda", "compile=true")
+    assert (losses(gpu) - losses(cpu)).abs().max() < 2e-2
+    ours, want = ([row["response_tokens"] for row in read_rows(run / "metrics.jsonl")] for run in (gpu, cpu))
+    assert ours == pytest.approx(want, rel=0.05)
+
+
 def test_what_rewriting_refuses(distill, tmp_path):
     for options, message in (
         (["rewrite={student_share: 0.6, teacher_share: 0.6}"], "rewrite: student_share and teacher_share are of the"),
