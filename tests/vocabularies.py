@@ -121,7 +121,12 @@ def hub(folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def byte_level(
-    pattern: str, *, special: list[str], markup: list[str] = (), nfc: bool = False, llama: bool = False
+    pattern: str | tuple[str, ...],
+    *,
+    special: list[str],
+    markup: list[str] = (),
+    nfc: bool = False,
+    llama: bool = False,
 ) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=llama))
     if nfc:
@@ -129,10 +134,15 @@ def byte_level(
     use_regex = pattern in (bpe.PATTERNS["GPT-2"], bpe.DIGITS)
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    split = digits if pattern == bpe.DIGITS else pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    regex = pattern if isinstance(pattern, str) else pattern[0]
+    split = digits if pattern == bpe.DIGITS else pre_tokenizers.Split(Regex(regex), "removed", invert=True)
     if pattern in (bpe.PATTERNS["Llama 3"], bpe.PATTERNS["Qwen 2"]):
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = byte if pattern == bpe.PATTERNS["GPT-2"] else pre_tokenizers.Sequence([split, byte])
+    splits = [split]
+    if isinstance(pattern, tuple):
+        splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in pattern]
+    is_gpt2 = pattern == bpe.PATTERNS["GPT-2"]
+    tokenizer.pre_tokenizer = byte if is_gpt2 else pre_tokenizers.Sequence([*splits, byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

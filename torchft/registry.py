@@ -91,6 +91,7 @@ COMPONENTS: dict[str, str] = {
     "torchft.training.loggers.MLflow": "metric_logger",
     "torchft.training.loggers.TensorBoard": "metric_logger",
     "torchft.training.loggers.WandB": "metric_logger",
+    "torchft.models.deepseek_v3.chat": "chat_format",
     "torchft.models.glm4_moe.chat": "chat_format",
     "torchft.models.llama2.chat": "chat_format",
     "torchft.models.llama3.chat": "chat_format",

@@ -1,12 +1,16 @@
+# ruff: noqa: RUF001  DeepSeek's tokens are written so
 """DeepSeek V3, its later releases and R1; Kimi K2 and Moonlight: latent attention, and many experts chosen by corrected
 sigmoids from some of their groups. Weights in blocks of FP8 are dequantised when they are read.
 
 Paper: https://arxiv.org/abs/2412.19437. Weights: https://huggingface.co/deepseek-ai, https://huggingface.co/moonshotai
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchft.errors import UserError
 from torchft.hub_names import HubNames
 from torchft.models import glm4_moe
 from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
@@ -17,6 +21,7 @@ from torchft.modules.masks import Sight
 from torchft.modules.mla import LatentAttention
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope, YarnRope
+from torchft.tokenizers.chat import Message, Segment, join_parts, split_thought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ _MOONLIGHT = _size(
     query_latent=None,
 )  # fmt: skip
 CONFIGS = {
-    **dict.fromkeys(["DeepSeek-V3-Base", "DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-R1", "DeepSeek-R1-0528"], _V3),
+    **dict.fromkeys([f"DeepSeek-{name}" for name in ("V3-Base", "V3", "V3-0324", "R1", "R1-0528")], _V3),
     **dict.fromkeys(["DeepSeek-V3.1-Base", "DeepSeek-V3.1"], _V3),
     **dict.fromkeys(["Kimi-K2-Base", "Kimi-K2-Instruct"], _K2),
     "Kimi-K2-Instruct-0905": _size(*_K2_SIZES, 262_144, _yarn(5e4, 64.0, 1.0), **MSCALES),
@@ -87,17 +92,9 @@ def block(c: DecoderConfig, i: int) -> Block:
     if isinstance(c.rope, YarnRope) and c.mscale_all_dim:
         scale *= yarn_scale(c.rope.factor, c.mscale_all_dim) ** 2
     attn = LatentAttention(
-        c.dim,
-        c.num_heads,
-        plain_dim=c.head_dim - c.rope_dim,
-        rope_dim=c.rope_dim,
-        value_dim=c.value_dim,
-        latent=c.latent,
-        query_latent=c.query_latent,
-        scale=scale,
-        interleaved=c.interleaved,
-        bias=c.attention_bias,
-    )
+        c.dim, c.num_heads, plain_dim=c.head_dim - c.rope_dim, rope_dim=c.rope_dim, value_dim=c.value_dim,
+        latent=c.latent, query_latent=c.query_latent, scale=scale, interleaved=c.interleaved, bias=c.attention_bias,
+    )  # fmt: skip
     return Block(
         attn,
         mlp(c, i),
@@ -159,3 +156,91 @@ def to_hub(c: DeepseekV3Config) -> dict[str, Any]:
         "hidden_act": "silu",
         **rope,
     }
+
+
+# Chat: V3's format, where every turn keeps its reasoning as R1 writes it. The released templates drop it, or open it in
+# the generation prompt, so that what answers must learn cannot be told; of tools they know calls and results alone.
+
+CHAT_TEMPLATE = """\
+{{- '<｜begin▁of▁sentence｜>' + (messages[0]['content'] if messages[0]['role'] == 'system' else '') -}}
+{%- for message in messages -%}
+    {%- set content = message['content'] if message['content'] is string else '' -%}
+    {%- set before = messages[loop.index0 - 1]['role'] if not loop.first else 'user' -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '<｜User｜>' + content -}}
+    {%- elif message['role'] == 'tool' -%}
+        {%- set content = content if message['content'] is string else message['content'] | tojson -%}
+        {{- '' if before == 'tool' else '<｜tool▁outputs▁begin｜>' -}}
+        {{- '<｜tool▁output▁begin｜>' + content + '<｜tool▁output▁end｜>' -}}
+        {{- '<｜tool▁outputs▁end｜>' if loop.last or loop.nextitem['role'] != 'tool' else '' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- set thought = message['reasoning_content'] if message['reasoning_content'] is string else '' -%}
+        {%- if not message['reasoning_content'] is string and '</think>' in content -%}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {{- '' if before == 'tool' else '<｜Assistant｜>' -}}
+        {{- ('<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' if thought.strip('\\n') else '') + content -}}
+        {%- for call in message['tool_calls'] or [] -%}
+            {%- set arguments = call['function']['arguments'] -%}
+            {{- '<｜tool▁calls▁begin｜>' if loop.first else '\\n' -}}
+            {{- '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call['function']['name'] + '\\n```json\\n' -}}
+            {{- (arguments if arguments is string else arguments | tojson) + '\\n```<｜tool▁call▁end｜>' -}}
+            {{- '<｜tool▁calls▁end｜>' if loop.last else '' -}}
+        {%- endfor -%}
+        {{- '<｜end▁of▁sentence｜>' -}}
+    {%- elif not loop.first or message['role'] != 'system' -%}
+        {{- raise_exception('no role ' + message['role'] + ' here') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '' if messages[-1]['role'] == 'tool' else '<｜Assistant｜>' -}}
+    {{- '<think>\\n' if enable_thinking is defined and enable_thinking else '' -}}
+{%- endif -%}
+"""
+
+
+def chat(
+    messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False,
+    enable_thinking: bool = False,
+) -> list[Segment]:  # fmt: skip
+    """DeepSeek V3's and R1's format with the reasoning of every turn. It has no place for ``tools``: they are left out,
+    as the released templates do. ``enable_thinking``: the prompt opens the reasoning."""
+    segments = [Segment("<｜begin▁of▁sentence｜>", control=True)]
+    for i, message in enumerate(messages):
+        follows_tool = i > 0 and messages[i - 1]["role"] == "tool"  # whose end is then the answer's beginning
+        match message["role"]:
+            case "system" | "user" as role:
+                mark = [Segment("<｜User｜>", control=True)] * (role == "user")
+                segments += [*mark, Segment(join_parts(message["content"], i))]
+            case "assistant":
+                segments += [Segment("<｜Assistant｜>", control=True)] * (not follows_tool) + _answer(message, i)
+            case "tool":
+                content = message["content"]
+                text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+                is_last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
+                begin = "<｜tool▁outputs▁begin｜>" * (not follows_tool) + "<｜tool▁output▁begin｜>"
+                end = "<｜tool▁output▁end｜>" + "<｜tool▁outputs▁end｜>" * is_last
+                segments += [Segment(begin, control=True), Segment(text), Segment(end, control=True)]
+            case role:
+                raise UserError(f"message {i}: DeepSeek V3's chat format has no role {role!r}")
+    if add_generation_prompt:
+        follows_tool = messages[-1]["role"] == "tool"
+        segments.append(Segment("<｜Assistant｜>" * (not follows_tool) + "<think>\n" * enable_thinking, control=True))
+    return segments
+
+
+def _answer(message: Message, i: int) -> list[Segment]:
+    """What the model must produce."""
+    (thought, content), calls = split_thought(message, i), message.get("tool_calls", [])
+    thought = thought.strip("\n")
+    parts = [("<think>\n", True), (thought, False), ("\n</think>\n\n", True)] * bool(thought) + [(content, False)]
+    for k, call in enumerate(calls):
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        parts += [
+            ("\n" if k else "<｜tool▁calls▁begin｜>", True),
+            ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", True),
+        ]
+        parts += [(f"{call['function']['name']}\n```json\n{text}\n```", False), ("<｜tool▁call▁end｜>", True)]
+    parts.append(("<｜tool▁calls▁end｜>" * bool(calls) + "<｜end▁of▁sentence｜>", True))
+    return [Segment(text, control=control, train=message.get("train", True)) for text, control in parts]

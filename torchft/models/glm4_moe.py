@@ -21,7 +21,7 @@ from torchft.modules.moe import Experts, MoE
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope
 from torchft.modules.routers import GroupedRouter
-from torchft.tokenizers.chat import Message, Segment, join_parts
+from torchft.tokenizers.chat import Message, Segment, join_parts, split_thought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,12 +276,8 @@ def chat(
 
 def _answer(message: Message, i: int, *, keeps_thought: bool) -> list[Segment]:
     """What the model must produce, but for the token that ends it."""
-    train, content = message.get("train", True), join_parts(message.get("content") or "", i)
-    thought = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
-    if thought is None and "</think>" in content:
-        before, *_, content = content.split("</think>")
-        thought, content = before.rstrip("\n").rpartition("<think>")[2].lstrip("\n"), content.lstrip("\n")
-    parts = [("\n<think>", True), ((thought or "").strip() if keeps_thought else "", False), ("</think>", True)]
+    train, (thought, content) = message.get("train", True), split_thought(message, i)
+    parts = [("\n<think>", True), (thought.strip() if keeps_thought else "", False), ("</think>", True)]
     parts += [("\n" + content.strip(), False)] if content.strip() else []
     for call in message.get("tool_calls", []):
         parts += [("\n<tool_call>", True), (call["function"]["name"] + "\n", False)]

@@ -19,7 +19,7 @@ from torchft.modules.masks import Sight
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import Rope
-from torchft.tokenizers.chat import Message, Segment, join_parts
+from torchft.tokenizers.chat import Message, Segment, join_parts, split_thought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +210,7 @@ def _end(*, train: bool = False) -> Segment:
 
 
 def _answer(message: Message, i: int) -> list[Segment]:
-    train, content = message.get("train", True), join_parts(message.get("content", ""), i)
-    thought = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
-    if thought is None:
-        before, mark, after = content.rpartition("</think>")
-        thought = before.split("</think>")[0].rstrip("\n").split("<think>")[-1] if mark else ""
-        content = after.lstrip("\n") if mark else content
+    train, (thought, content) = message.get("train", True), split_thought(message, i)
     segments = [
         Segment("<think>\n", control=True, train=train),
         Segment(thought.strip("\n"), train=train),

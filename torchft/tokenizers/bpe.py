@@ -1,10 +1,8 @@
-"""Byte-level BPE on tiktoken's engine: tokenizer.json of the GPT-2, Llama 3 and Qwen kinds, and Llama 3's own file.
+"""Byte-level BPE on tiktoken's engine: tokenizer.json of the GPT-2, Llama 3 and Qwen kinds; ranks.py has others.
 
 tiktoken encodes 11 to 14 MB/s on one thread, Hugging Face's tokenizers 1.4 to 1.9.
 """
 
-import base64
-import binascii
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -24,17 +22,38 @@ _CASED = (  # a word that ends in small letters, and one that does not
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+""",
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*""",
 )
+_NO_HAN = [word.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]") for word in _CASED]
 _SUFFIX = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
 PATTERNS = {
     "GPT-2": r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     "Llama 3": rf"""{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
     "Qwen 2": rf"""{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
+    "Qwen 3.5": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"""
+    rf""" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
     "Tekken": rf"""{"|".join(_CASED)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}""",
     "o200k": rf"""{"|".join(word + _SUFFIX for word in _CASED)}|\p{{N}}{{1,3}}|"""
     rf""" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}""",
+    "Kimi": rf"""[\p{{Han}}]+|{"|".join(word + _SUFFIX for word in _NO_HAN)}|\p{{N}}{{1,3}}|"""
+    rf""" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}""",
 }
 # GPT-2's after every number was cut out by itself, which leaves white space before one at the end of its piece.
 DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
+# DeepSeek V3's, one after the other: of what each leaves, the next cuts its pieces. As one regex: what the first two
+# take ends a piece, so white space before it may be taken whole; what no regex takes is a piece, too.
+DEEPSEEK = (
+    r"""\p{N}{1,3}""",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    rf""" ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}""",
+)
+_KANA = DEEPSEEK[1][:-1]  # and Han
+_LETTERS = rf"""[\p{{L}}\p{{M}}&&[^{_KANA}]]"""
+_REST = rf"""[^\s\p{{L}}\p{{M}}\p{{P}}\p{{S}}\p{{N}}{_KANA}]"""
+DEEPSEEK_AT_ONCE = (
+    rf"""{DEEPSEEK[0]}|{_KANA}+|[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{{|}}~][A-Za-z]+|"""
+    rf"""[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{_KANA}]?{_LETTERS}+| ?[\p{{P}}\p{{S}}&&[^{_KANA}]]+[\r\n]*|\s*[\r\n]+|"""
+    rf"""\s+(?![^\s\p{{N}}{_KANA}])|\s+|{_REST}+(?={_REST}{_LETTERS})|{_REST}+"""
+)
 LONGEST_BLANK = 200_000  # characters of white space in a row; tiktoken's regex engine overflows its stack at about 10^6
 _BLANK = re.compile(r"\s+")
 
@@ -101,18 +120,6 @@ def from_json(spec: dict[str, Any], added: set[str], path: Path) -> ByteBPE:
     return ByteBPE({token: rank for rank, token in enumerate(tokens)}, ids, pattern=pattern, is_nfc=is_nfc)
 
 
-def from_tiktoken(path: Path) -> ByteBPE:
-    """The engine of Meta's Llama 3 tokenizer.model: lines of a base64 token and its rank, which is its id."""
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise UserError(f"{path}:{number}: expected a base64 token and its rank, found {line[:40]!r}") from None
-    return ByteBPE(ranks, None, pattern=PATTERNS["Llama 3"])
-
-
 def merge_order(model: dict[str, Any], path: Path) -> list[str]:
     """The tokens that merges make, first made first. UserError if a merge or the order is not one an engine can keep.
 
@@ -146,6 +153,11 @@ def _pattern(spec: dict[str, Any], path: Path) -> str:
             {"type": "ByteLevel", "add_prefix_space": False, **rest},
         ] if rest.get("use_regex", True):
             return DIGITS
+        case [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if [
+            (s.get("pattern", {}).get("Regex", "").replace("\r", r"\r").replace("\n", r"\n"), s.get("behavior"))
+            for s in splits
+        ] == [(regex, "Isolated") for regex in DEEPSEEK]:
+            return DEEPSEEK_AT_ONCE
         case [
             {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior, "invert": invert},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
@@ -156,7 +168,8 @@ def _pattern(spec: dict[str, Any], path: Path) -> str:
                 f"{path}: pre_tokenizer splits by an unknown regex, {regex!r}; known: {', '.join(PATTERNS)}"
             )
     described = " then ".join(str(step) for step in steps)
-    raise UserError(f"{path}: unknown pre_tokenizer {described}; torchft knows those of {', '.join(PATTERNS)}")
+    known = ", ".join([*PATTERNS, "DeepSeek"])
+    raise UserError(f"{path}: unknown pre_tokenizer {described}; torchft knows those of {known}")
 
 
 def _is_nfc(spec: dict[str, Any], path: Path) -> bool:

@@ -16,6 +16,7 @@ from torchft.names import nearest
 Message = dict[str, Any]  # OpenAI's form: role, content, tool_calls, name, tool_call_id; "train": bool is ours
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 
 
@@ -87,6 +88,18 @@ def join_parts(content: Any, index: int) -> str:
                 f"message {index}: content has a part of type {part.get('type')!r}; this model reads only text"
             )
     return "".join(part["text"] for part in content)
+
+
+def split_thought(message: Message, index: int) -> tuple[str, str]:
+    """An answer's reasoning, "" if it has none, and its text: from a field of its own, or from <think> in the text."""
+    content = join_parts(message.get("content") or "", index)
+    for key in REASONING:
+        if key in message:
+            return message[key], content
+    if "</think>" not in content:
+        return "", content
+    before, *_, content = content.split("</think>")
+    return before.rstrip("\n").rpartition("<think>")[2].lstrip("\n"), content.lstrip("\n")
 
 
 def _message(i: int, message: Message) -> Message:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchft.errors import UserError
 from torchft.files import read_json, what_is
-from torchft.tokenizers import bpe, spm
+from torchft.tokenizers import bpe, ranks, spm
 from torchft.tokenizers.added import AddedToken, AddedTokens
 from torchft.tokenizers.chat_formats import choose
 from torchft.tokenizers.tokenizer import SpecialIds, Tokenizer
@@ -19,16 +19,9 @@ log = logging.getLogger(__name__)
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tiktoken.model",
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-# What follows Llama 3's 128,000 ranks in Meta's own files (3.1's names); the rest is <|reserved_special_token_N|>.
-META_SPECIAL = {
-    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
-    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
-}  # fmt: skip
-META_NUM_SPECIAL = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +107,16 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     path = folder / "tokenizer.json"
     if path.is_file():
         return _from_json(path, config)
-    path = folder / "tokenizer.model"
-    if not path.is_file():
+    models = [folder / name for name in ("tokenizer.model", "tiktoken.model") if (folder / name).is_file()]
+    if not models:
         raise UserError(
             f"{folder} has neither tokenizer.json nor tokenizer.model; `tune download ORG/MODEL` fetches them"
         )
+    path = models[0]
     head = path.open("rb").read(200)
     if kind := what_is(head):
         raise UserError(f"{path} is {kind}")
-    return _from_sentencepiece(path, config) if head[:1] == b"\n" else _from_tiktoken(path)
+    return _from_sentencepiece(path, config) if head[:1] == b"\n" else _from_ranks(path, config)
 
 
 def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
@@ -168,14 +162,14 @@ def _from_sentencepiece(path: Path, config: dict[str, Any]) -> Vocabulary:
     return Vocabulary(engine=engine, vocab=engine.vocab, added=added, before=None, after=(), named=named)
 
 
-def _from_tiktoken(path: Path) -> Vocabulary:
-    engine = bpe.from_tiktoken(path)
-    first = 1 + max(engine.token_bytes)
-    reserved = iter(range(META_NUM_SPECIAL))
-    names = [META_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(META_NUM_SPECIAL)]
-    added = {name: AddedToken(content=name, id=first + i, special=True) for i, name in enumerate(names)}
-    named = {"bos_token": names[0], "eos_token": names[1]}
-    return Vocabulary(engine=engine, vocab={}, added=added, before=(first,), after=(), named=named)
+def _from_ranks(path: Path, config: dict[str, Any]) -> Vocabulary:
+    if path.name == "tiktoken.model":
+        engine, added = ranks.kimi(path, config)
+        return Vocabulary(engine=engine, vocab={}, added=added, before=None, after=(), named={})
+    engine, added = ranks.llama3(path)
+    bos, eos, *_ = added
+    named = {"bos_token": bos, "eos_token": eos}
+    return Vocabulary(engine=engine, vocab={}, added=added, before=(added[bos].id,), after=(), named=named)
 
 
 def _added(

@@ -13,11 +13,10 @@ from typing import Any
 from torchft.errors import UserError
 from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
-from torchft.tokenizers.chat import Message, Segment, check_unicode, join_parts
+from torchft.tokenizers.chat import REASONING, Message, Segment, check_unicode, join_parts
 from torchft.tokenizers.jinja import END, GUARD, START, Template
 
 PROBE = "probe text"
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
 
 
 class TemplateChat:
@@ -95,7 +94,7 @@ class TemplateChat:
     def _adapt(self, i: int, message: Message) -> Message:
         """The message as this template reads it, with the control tokens in its strings disarmed."""
         message = {key: value for key, value in message.items() if key != "train"}
-        if reasoning := next((message[key] for key in _REASONING if key in message), None):
+        if reasoning := next((message[key] for key in REASONING if key in message), None):
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         content = message.get("content")
         if self._parts and isinstance(content, str):
@@ -181,8 +180,8 @@ def _prefix(head: str, text: str, i: int, where: str, closing: str = "") -> int:
     raise UserError(
         f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer "
         "or more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be "
-        "told. Use train_on: last, single turns, chat_format: qwen3 (it keeps the reasoning of every turn), or a "
-        "chat_format .jinja file with {% generation %} marks"
+        "told. Use train_on: last, single turns, a chat_format that keeps the reasoning of every turn (qwen3, gpt_oss, "
+        "deepseek_v3), or a chat_format .jinja file with {% generation %} marks"
     )
 
 

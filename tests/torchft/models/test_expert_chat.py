@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  DeepSeek's tokens are written so
 """Chat of the families with experts: GLM 4.5's own format is trl's twin of the released template, which learns where an
 answer ends; the others train on the template of the checkpoint, whose ids are transformers'."""
 
@@ -8,7 +9,7 @@ from conversations import PLAIN, TOOL_USE, TOOLS, assistant, call, user
 from vocabularies import byte_level, hub, template, write
 
 from torchft.errors import UserError
-from torchft.models import glm4_moe
+from torchft.models import deepseek_v3, glm4_moe
 from torchft.tokenizers import bpe, load
 
 MARKUP = [
@@ -38,8 +39,8 @@ MORE = {
 }  # fmt: skip
 
 
-def pair(folder, source, special, markup, eos, **options):
-    write(folder, tokenizer_config={"bos_token": None, "eos_token": eos}, chat_template=source)
+def pair(folder, source, special, markup, eos, bos=None, **options):
+    write(folder, tokenizer_config={"bos_token": bos, "eos_token": eos}, chat_template=source)
     byte_level(bpe.PATTERNS["Llama 3"], special=special, markup=markup).save(str(folder / "tokenizer.json"))
     return load(folder, **options), hub(folder)
 
@@ -108,3 +109,77 @@ def test_ids_are_the_released_templates_and_answers_are_learned(conversation, re
     assert learned.endswith(end) == (messages[-1]["role"] == "assistant") or end == "<|im_end|>"
     questions = [m["content"] for m in messages if m["role"] == "user"]
     assert all(question in rest for question in questions) and not re.search(r"<\|(im_start|start)\|>", learned)
+
+
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁sep｜>"]
+DEEPSEEK += [
+    f"<｜tool▁{word}{s}▁{end}｜>" for word in ("call", "output") for s in ("", "s") for end in ("begin", "end")
+]
+TWO_RESULTS = [
+    user("Weather?"), {**call("get_weather", {"city": "Zürich", "days": [1, {"a": None}]}), "content": "Let me look."},
+    {"role": "tool", "content": "21"}, {"role": "tool", "content": "22"}, assistant("warm"), user("and?"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    return pair(
+        tmp_path_factory.mktemp("deepseek"), template("deepseekv3"), DEEPSEEK, ["<think>", "</think>"], DEEPSEEK[1],
+        bos=DEEPSEEK[0], chat_format="deepseek_v3",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("conversation", [*PLAIN, "a call and its result", "two results"])
+def test_deepseek_is_the_training_template(conversation, deepseek):
+    """Ids and masks of trl's twin, which counts to an answer the token that the prompt ends with."""
+    (ours, oracle), messages = deepseek, (ALL | {"two results": TWO_RESULTS})[conversation]
+    assert ours._chat is deepseek_v3.chat
+    as_read = [{"content": "", **m} for m in messages]  # the twin adds its content to a call
+    twin = oracle.apply_chat_template(
+        as_read, chat_template=template("deepseekv3_training"), tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    got = ours.render(messages)
+    assert got.tokens == twin["input_ids"]
+    prompt_ends = oracle.convert_tokens_to_ids(["<｜Assistant｜>", "<｜tool▁outputs▁end｜>"])
+    wanted = [bool(w) and t not in prompt_ends for t, w in zip(twin["input_ids"], twin["assistant_masks"])]
+    assert got.train == wanted
+    prompt = ours.render(messages, add_generation_prompt=True, enable_thinking=True).tokens
+    assert prompt == rendered(oracle, as_read, template("deepseekv3_training"), add_generation_prompt=True)
+    for more in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": True}):
+        assert ours.render(messages, **more).tokens == rendered(oracle, messages, ours.chat_template, **more)
+
+
+def rendered(oracle, messages, source, **options):
+    return oracle.apply_chat_template(messages, chat_template=source, tokenize=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("conversation", ["reasoning", "reasoning in the text", "a call with text", "calls in turn"])
+def test_deepseek_keeps_the_reasoning_of_every_turn(conversation, deepseek):
+    ours, oracle = deepseek
+    in_turn = [
+        user("a"), {**call("now", {}), "reasoning_content": "so"}, {"role": "tool", "content": {"t": "ü"}},
+        call("now", {"z": 1}), {"role": "tool", "content": "2"}, assistant("noon"),
+    ]  # fmt: skip
+    messages = (MORE | {"calls in turn": in_turn})[conversation]
+    got = ours.render(messages)
+    assert got.tokens == rendered(oracle, messages, ours.chat_template)
+    learned = ours.decode([token for token, train in zip(got.tokens, got.train) if train])
+    end, begin = DEEPSEEK[1], "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+    stop = "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>" + end
+    assert (
+        learned
+        == {
+            "reasoning": f"<think>\n hm\n</think>\n\nb{end}<think>\ny\n</think>\n\n\nd{end}",
+            "reasoning in the text": f"<think>\nso\n</think>\n\nb{end}<think>\nx\n</think>\n\nd{end}",
+            "a call with text": f"Let me look.{begin}get_weather\n```json\n"
+            f'{{"city": "Zürich", "days": [1, {{"a": null}}]}}{stop}warm{end}',
+            "calls in turn": f"<think>\nso\n</think>\n\n{begin}now\n```json\n{{}}{stop}"
+            f'{begin}now\n```json\n{{"z": 1}}{stop}noon{end}',
+        }[conversation]
+    )
+
+
+def test_deepseek_refuses_other_roles(deepseek):
+    with pytest.raises(UserError, match="message 1: DeepSeek V3's chat format has no role 'ipython'"):
+        deepseek[0].render([user("a"), {"role": "ipython", "content": "b"}, assistant("c")])

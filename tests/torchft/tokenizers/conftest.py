@@ -15,6 +15,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """name -> folder of a tokenizer of that kind (llama2 is sentencepiece), without chat templates."""
     root = tmp_path_factory.mktemp("tokenizers")
     kinds = {"tekken": bpe.PATTERNS["Tekken"], "o200k": bpe.PATTERNS["o200k"], "digits": bpe.DIGITS}
+    kinds |= {"qwen3_5": bpe.PATTERNS["Qwen 3.5"], "kimi": bpe.PATTERNS["Kimi"], "deepseek": bpe.DEEPSEEK}
     folders = {name: root / name for name in ("gpt2", "qwen2", "llama3", "llama2", *kinds)}
     for name, pattern in kinds.items():
         write(folders[name], tokenizer_config={"eos_token": "<|endoftext|>"})

@@ -17,7 +17,7 @@ from torchft.errors import UserError
 from torchft.tokenizers import bpe, load
 from torchft.tokenizers.nfc import nfc
 
-KINDS = ("gpt2", "llama3", "qwen2", "tekken", "o200k", "digits")
+KINDS = ("gpt2", "llama3", "qwen2", "tekken", "o200k", "digits", "qwen3_5", "kimi", "deepseek")
 PIECES = [*LLAMA3_SPECIAL, *QWEN_SPECIAL, *QWEN_MARKUP, "<|im_", "<|", "end|>"]
 
 
