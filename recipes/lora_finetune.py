@@ -327,7 +327,7 @@ def train(config: Config, run: Run, world: World) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            end_of_step()
+            profile = end_of_step()
             routing.end_of_step()
             meter.add(loss, tokens=sum(batch.num_tokens for batch in window), supervised=supervised)
             row: Row = {}
@@ -335,7 +335,7 @@ def train(config: Config, run: Run, world: World) -> None:
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
-                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row()
+                row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | profile
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:

@@ -10,6 +10,8 @@ from processes import run_ranks
 from recipe_runs import digests, largest_difference, load_recipe, losses, newest_step, rows, train, weights
 from safetensors.torch import load_file
 
+from torchft.training.metrics import read_rows
+
 ADAM = "optimizer={_component_: torch.optim.AdamW, lr: 1e-3, weight_decay: 0.1}"
 # 20 steps of 4 rows; without packing the last one of an epoch has a single row, so that ranks have none
 STEPS = ["max_steps=20", "epochs=20", "clip_grad_norm=0.5", "gradient_accumulation_steps=1", ADAM]
@@ -173,3 +175,14 @@ def test_two_gpus_are_one(lora, settings, wide, tmp_path, no_picture, options, b
     alone = lora(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
     ours = together(2, "lora_finetune", settings, tmp_path / "together", *options)
     same_run(ours, alone, steps=5, bar=bar)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_rows_of_two_gpus_say_what_communication_took(settings, wide, tmp_path, no_picture):
+    options = [*STEPS, "max_steps=6", f"checkpoint_dir={wide}", "device=cuda", "profile={first_step: 3, steps: 2}"]
+    ours = together(2, "lora_finetune", settings, tmp_path / "run", *options)
+    found = read_rows(ours / "metrics.jsonl")
+    assert all("communication" not in row for row in found[:3])
+    for row in found[3:]:
+        assert 0 <= row["communication_exposed"] <= row["communication"] <= 1 and row["communication"] > 0

@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from torchft.training import profile
+from torchft.training.communication import Communication
 from torchft.training.profile import ProfileConfig, profiled
 
 
@@ -32,6 +34,15 @@ def test_nothing_is_written_without_it_or_before_its_steps(tmp_path):
     run(None, tmp_path / "profile")
     run(ProfileConfig(first_step=7, steps=2), tmp_path / "profile", steps=5)
     assert not (tmp_path / "profile").exists()
+
+
+def test_shares_of_communication_go_into_the_rows_after_the_profiled_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "communication", lambda profiler: Communication(running=0.3, exposed=0.1))
+    with profiled(ProfileConfig(first_step=2, steps=2), tmp_path) as end_of_step:
+        rows = [dict(end_of_step()) for _ in range(5)]
+    assert rows == [{}, {}] + [{"communication": 0.3, "communication_exposed": 0.1}] * 3
+    with profiled(None, tmp_path) as end_of_step:
+        assert end_of_step() == {}
 
 
 @pytest.mark.gpu
