@@ -10,16 +10,17 @@ from typing import Any
 
 from torchft.errors import UserError
 from torchft.files import read_json, what_is
-from torchft.tokenizers import bpe, ranks, spm
+from torchft.tokenizers import bpe, ranks, spm, wordpiece
 from torchft.tokenizers.added import AddedToken, AddedTokens
+from torchft.tokenizers.affixes import affixes
 from torchft.tokenizers.chat_formats import choose
-from torchft.tokenizers.tokenizer import SpecialIds, Tokenizer
+from torchft.tokenizers.tokenizer import Engine, SpecialIds, Tokenizer
 
 log = logging.getLogger(__name__)
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tiktoken.model",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tiktoken.model", "vocab.txt",
 )  # fmt: skip
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -28,7 +29,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 class Vocabulary:
     """What tokenizer.json or tokenizer.model gives."""
 
-    engine: bpe.ByteBPE | spm.SentencePieceBPE
+    engine: Engine
     vocab: dict[str, int]  # to look names up
     added: dict[str, AddedToken]
     before: tuple[int, ...] | None  # None: the file does not say what surrounds a text
@@ -107,6 +108,9 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     path = folder / "tokenizer.json"
     if path.is_file():
         return _from_json(path, config)
+    path = folder / "vocab.txt"
+    if path.is_file():
+        return _from_wordpiece(wordpiece.from_vocab(path, config), {}, config, path)
     models = [folder / name for name in ("tokenizer.model", "tiktoken.model") if (folder / name).is_file()]
     if not models:
         raise UserError(
@@ -122,19 +126,22 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
 def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
     spec = read_json(path)
     model = spec.get("model")
+    if isinstance(model, dict) and model.get("type") == "WordPiece":
+        listed = {e["content"]: AddedToken.from_json(e, e["id"]) for e in spec.get("added_tokens") or []}
+        return _from_wordpiece(wordpiece.from_json(spec, path), listed, config, path)
     if (
         not isinstance(model, dict)
         or not isinstance(model.get("vocab"), dict)
         or not isinstance(model.get("merges"), list)
     ):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise UserError(f"{path}: unknown model type {kind!r}; torchft knows BPE")
+        raise UserError(f"{path}: unknown model type {kind!r}; torchft knows BPE and WordPiece")
     if model.get("type", "BPE") != "BPE":
-        raise UserError(f"{path}: unknown model type {model['type']!r}; torchft knows BPE")
+        raise UserError(f"{path}: unknown model type {model['type']!r}; torchft knows BPE and WordPiece")
     entries = spec.get("added_tokens") or []
     added = {entry["content"]: AddedToken.from_json(entry, entry["id"]) for entry in entries}
     if "ByteLevel" in str(spec.get("pre_tokenizer")):
-        engine: bpe.ByteBPE | spm.SentencePieceBPE = bpe.from_json(spec, set(added), path)
+        engine: Engine = bpe.from_json(spec, set(added), path)
         named = {}
     elif model.get("byte_fallback"):
         is_llama = _class(config) == "LlamaTokenizer"  # transformers 5 then disregards what the file says about spaces
@@ -150,8 +157,22 @@ def _from_json(path: Path, config: dict[str, Any]) -> Vocabulary:
             f"{path}: unknown pre_tokenizer {spec.get('pre_tokenizer')}; torchft knows byte-level BPE and BPE with "
             "byte fallback"
         )
-    before, after = _affixes(spec.get("post_processor"), path)
+    before, after = affixes(spec.get("post_processor"), path)
     return Vocabulary(engine=engine, vocab=model["vocab"], added=added, before=before, after=after, named=named)
+
+
+def _from_wordpiece(
+    engine: wordpiece.WordPiece, added: dict[str, AddedToken], config: dict[str, Any], path: Path
+) -> Vocabulary:
+    """Around a text stand [CLS] and [SEP], whatever they are called; the latter is its end."""
+    named = {name: _content(config.get(f"{name}_token", f"[{name.upper()}]")) for name in ("cls", "sep")}
+    if absent := [token for token in named.values() if token not in engine.vocab]:
+        raise UserError(f"{path} has no {absent[0]!r}, which stands around every text; take the checkpoint's own files")
+    cls, sep = (engine.vocab[token] for token in named.values())
+    return Vocabulary(
+        engine=engine, vocab=engine.vocab, added=added, before=(cls,), after=(sep,),
+        named={"bos_token": named["cls"], "eos_token": named["sep"]},
+    )  # fmt: skip
 
 
 def _from_sentencepiece(path: Path, config: dict[str, Any]) -> Vocabulary:
@@ -200,28 +221,6 @@ def _extra(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         listed = config.get(key) or []
         for entry in listed.values() if isinstance(listed, dict) else listed:
             yield key, _content(entry)
-
-
-def _affixes(node: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a post-processor puts before and after a text."""
-    before: list[int] = []
-    after: list[int] = []
-    for step in node["processors"] if node and node["type"] == "Sequence" else [node]:
-        match step:
-            case None | {"type": "ByteLevel"}:
-                pass
-            case {"type": "TemplateProcessing", "single": list(single), "special_tokens": special}:
-                side = before
-                for item in single:
-                    if "Sequence" in item:
-                        side = after
-                    else:
-                        side += special[item["SpecialToken"]["id"]]["ids"]
-            case _:
-                raise UserError(
-                    f"{path}: unknown post_processor {step['type']!r}; torchft knows TemplateProcessing and ByteLevel"
-                )
-    return tuple(before), tuple(after)
 
 
 def _class(config: dict[str, Any]) -> str:

@@ -15,9 +15,11 @@ from torchft.tokenizers.added import AddedTokens
 from torchft.tokenizers.bpe import ByteBPE
 from torchft.tokenizers.chat import Message, Rendered, Segment, check_unicode, prepare
 from torchft.tokenizers.spm import SentencePieceBPE
+from torchft.tokenizers.wordpiece import WordPiece
 
 log = logging.getLogger(__name__)
 
+Engine = ByteBPE | SentencePieceBPE | WordPiece
 ChatFormat = Callable[..., list[Segment]]
 _FLAGS = (b"\0", b"\1")
 
@@ -37,7 +39,7 @@ class Tokenizer:
     """A checkpoint's tokenizer; ``torchft.tokenizers.load`` makes it. Pickles, so that worker processes can have it."""
 
     def __init__(
-        self, engine: ByteBPE | SentencePieceBPE, added: AddedTokens, special: SpecialIds, *,
+        self, engine: Engine, added: AddedTokens, special: SpecialIds, *,
         files: Sequence[Path] = (), chat: ChatFormat | None = None, chat_template: str | None = None,
         stop_ids: Sequence[int] = (), fingerprint: str = "",
     ) -> None:  # fmt: skip

@@ -149,8 +149,8 @@ BAD_PARTS = {
         ]}
     },
     "unknown normalizer .*NFKC": {"normalizer": {"type": "NFKC"}},
-    "unknown post_processor 'BertProcessing'": {
-        "post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}
+    "unknown post_processor 'Odd'": {
+        "post_processor": {"type": "Odd", "sep": ["a", 1], "cls": ["b", 2]}
     },
     "unknown model type 'Unigram'": {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
 }  # fmt: skip
