@@ -149,11 +149,12 @@ class Config:
             yield "teacher_top_k: a stream has no end, so its tokens cannot be written before; leave it out"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
-        if self.parallel.tp * self.parallel.cp > 1:
-            yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
         yield from self.rewrite.problems()
-        if self.rewrite.is_asked and (self.teacher_top_k or self.parallel.ep > 1):
-            yield "rewrite: teacher_top_k knows no other answers, and spread experts write none; leave them out"
+        spread = self.parallel.tp * self.parallel.cp > 1  # a row's tokens, over ranks
+        if spread and self.teacher_top_k:
+            yield "teacher_top_k: what is written of a row is read by one rank; leave it out, or parallel.tp and cp"
+        if self.rewrite.is_asked and (self.teacher_top_k or self.parallel.ep > 1 or spread):
+            yield "rewrite: teacher_top_k knows no other answers, and spread models (tp, cp, ep) write none: leave it out"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
@@ -249,7 +250,7 @@ def train(config: Config, run: Run, world: World) -> None:
     load_base(frozen, larger, world)
     model = build_model(config, world.device)
     vocab_size = min(model.config.vocab_size, larger.config.vocab_size)
-    shape = {"seq_len": config.seq_len, "packed": config.packed, "device": world.device}
+    shape = {"seq_len": world.tokens.share(config.seq_len), "packed": config.packed, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -273,7 +274,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
-    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
