@@ -154,7 +154,7 @@ class Config:
         if spread and self.teacher_top_k:
             yield "teacher_top_k: what is written of a row is read by one rank; leave it out, or parallel.tp and cp"
         if self.rewrite.is_asked and (self.teacher_top_k or self.parallel.ep > 1 or spread):
-            yield "rewrite: teacher_top_k knows no other answers, and spread models (tp, cp, ep) write none: leave it out"
+            yield "rewrite: teacher_top_k knows no other answers, and models in parts (tp, cp, ep) write none"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"

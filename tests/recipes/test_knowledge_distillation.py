@@ -195,7 +195,7 @@ def test_what_rewriting_refuses(distill, tmp_path):
     for options, message in (
         (["rewrite={student_share: 0.6, teacher_share: 0.6}"], "rewrite: student_share and teacher_share are of the"),
         (["rewrite.student_share=0.5", "teacher_top_k=8"], "rewrite: teacher_top_k knows no other answers"),
-        (["rewrite.student_share=0.5", "parallel.tp=2"], "spread models"),
+        (["rewrite.student_share=0.5", "parallel.tp=2"], "models in parts"),
         (["teacher_top_k=8", "parallel.cp=2"], "teacher_top_k: what is written of a row is read by one rank"),
     ):
         with pytest.raises(UserError, match=message):
