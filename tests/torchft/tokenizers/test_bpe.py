@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, corpus, hub, random_texts, write
 
 from torchft.errors import UserError
@@ -40,6 +41,20 @@ def test_ids_of_ten_thousand_random_texts(kind, ours, theirs):
         assert decoded == [theirs[kind].decode(ids, skip_special_tokens=False) for ids in wanted]
     else:
         assert decoded == texts
+
+
+def test_regexes_are_the_released_ones():
+    """Qwen 3.5's as transformers has it, Kimi's from its repository's tokenization_kimi.py."""
+    assert bpe.PATTERNS["Qwen 3.5"] == PRETOKENIZE_REGEX
+    begin, no_han = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+    end = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    kimi = [
+        r"[\p{Han}]+",
+        rf"{begin}[\p{{Lu}}\p{{Lt}}{no_han}*[\p{{Ll}}{no_han}+{end}",
+        rf"{begin}[\p{{Lu}}\p{{Lt}}{no_han}+[\p{{Ll}}{no_han}*{end}",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    ]  # fmt: skip
+    assert bpe.PATTERNS["Kimi"] == "|".join(kimi)
 
 
 def test_the_comparison_can_fail(ours, theirs):
