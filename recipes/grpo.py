@@ -45,6 +45,7 @@ from torchft.redact import redact_tree
 from torchft.rl.batch import Rows, count_totals, countable, micro_batches, rows
 from torchft.rl.collect import RolloutConfig, Rollouts
 from torchft.rl.curves import Curves, rollout_row, write_samples
+from torchft.rl.shared_row import chosen_logps, saved_by_sharing, shared_rows
 from torchft.training import checkpoint, distributed, state
 from torchft.training.compile import compile_blocks
 from torchft.training.console import Console, Steps, first_panel, last_panel
@@ -64,6 +65,7 @@ from torchft.training.run_folder import Run, open_run
 from torchft.training.saver import Saver
 from torchft.training.schedules import attach, is_due
 from torchft.training.seed import load_rng_state, set_seed
+from torchft.training.sharing import Sharing, check_shareable, pays
 from torchft.training.trial import by_head, out_of_memory_explained, settle
 from torchft.training.usage import commands
 
@@ -104,7 +106,8 @@ class Config:
     rollout: RolloutConfig
     chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens of prompt and answer together
-    batch_size: Annotated[int, Range(min=1)] = 8  # rows per device and micro-step
+    batch_size: Annotated[int, Range(min=1)] = 8  # answers per device and micro-step
+    share_prompts: Sharing = "auto"  # a group's prompt is computed once; auto: in steps where it saves an eighth
     epochs: Annotated[int, Range(min=1)] = 1
     max_steps: Annotated[int, Range(min=1)] | None = None  # rollouts with their updates, if fewer than the epochs have
 
@@ -156,6 +159,8 @@ class Config:
         if self.rollout.episodes_per_step % self.mini_batches:
             yield "mini_batches: they do not divide rollout.prompts_per_step x group_size"
         yield from self.routing.problems(frozen=self.lora is not None)
+        if self.share_prompts is True and self.compile:
+            yield "share_prompts: rows of one shape, as compile needs, would be filled up with what it saves; set auto"
         if self.eval_every and not self.prompts_eval:
             yield "eval_every: there is nothing to evaluate; give prompts_eval"
 
@@ -193,10 +198,7 @@ def load_base(config: Config, model: Decoder, world: World) -> None:
 @torch.no_grad()
 def known_logps(model: Decoder, batches: list[list[Rows]], temperature: float) -> list[list[Tensor]]:
     """Log-probabilities [b, s] of what was chosen in each micro-batch."""
-    return [
-        [model(batch.tokens, head=partial(token_logps, labels=batch.labels, temperature=temperature)) for batch in own]
-        for own in batches
-    ]
+    return [[chosen_logps(model, batch, temperature=temperature)[0] for batch in own] for own in batches]
 
 
 def main(config: Config) -> None:
@@ -238,6 +240,7 @@ def train(config: Config, run: Run, world: World) -> None:
         keep=keep,
         **shape,
     )
+    can_share = check_shareable(config.share_prompts, model, config.routing) and not config.compile
     load_base(config, model, world)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
@@ -301,14 +304,16 @@ def train(config: Config, run: Run, world: World) -> None:
                 rewards = rewards + overlong_penalty(lengths, **limit)
             advantages = group_advantages(rewards.view(-1, config.rollout.group_size), method.advantages).flatten()
             counts = countable(episodes, rewards, skip_truncated=config.skip_truncated)
+            saved_tokens = saved_by_sharing(episodes, group_size=config.rollout.group_size, world=world)
+            shares = can_share and pays(config.share_prompts, saved_tokens)
             parts = micro_batches(
                 len(episodes),
                 mini_batches=config.mini_batches,
                 batch_size=plan.rows,
-                lengths=[len(episode.tokens) for episode in episodes],
+                lengths=None if shares else [len(episode.tokens) for episode in episodes],
             )
             how = {"pad_id": tokenizer.pad_id, "length": config.seq_len if config.compile else None}
-            make = partial(rows, episodes, scores=advantages, counts=counts, **how)
+            make = partial(shared_rows if shares else rows, episodes, scores=advantages, counts=counts, **how)
             batches = [[make(numbers).to(world.device) for numbers in part] for part in parts]
             reference = old = None
             if config.kl_coef:
@@ -324,8 +329,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 lr = float(optimizer.param_groups[0]["lr"])
                 own_loss = torch.zeros((), device=world.device)
                 for i, batch in enumerate(batches[k]):
-                    head = partial(token_logps, labels=batch.labels, temperature=sampling.temperature, entropy=True)
-                    logps, entropy = model(batch.tokens, head=head)
+                    logps, entropy = chosen_logps(model, batch, temperature=sampling.temperature)
                     before = old[k][i] if old else logps.detach()  # of the weights that generated
                     losses, clipped = grpo(logps, before, batch.scores, batch.mask, method=method)
                     if config.importance_cap:
@@ -348,7 +352,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 routing.end_of_step()
-                meter.add(loss, tokens=sum(b.tokens.numel() for b in batches[k]), supervised=totals.tokens)
+                meter.add(loss, tokens=sum(b.num_computed for b in batches[k]), supervised=totals.tokens)
             step += 1
 
             evaluates = bool(questions) and is_due(step, config.eval_every, total_steps)
@@ -358,6 +362,7 @@ def train(config: Config, run: Run, world: World) -> None:
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row() | rollouts.row()
                 row |= {"rollout_s": rollout_s} | rollout_row(episodes, scores, group_size=config.rollout.group_size)
+                row |= {"shared_tokens": saved_tokens} if shares else {}
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 write_samples(run.path / "samples.jsonl", step, episodes, scores)
                 if evaluates:

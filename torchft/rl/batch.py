@@ -2,17 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torchft.documents import Documents
 from torchft.losses.likelihood import IGNORE
 from torchft.losses.policy import Totals
 from torchft.rl.rollout import Episode
 from torchft.training.distributed import World
 
+T = TypeVar("T", "Rows", "SharedRow")
 PAD_MULTIPLE = 16  # row lengths, so that few shapes occur
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedRow:
+    """The episodes of `Rows` in one row of t tokens, in which a group's prompt stands once: rl/shared_row.py."""
+
+    tokens: Tensor  # [1, t] int64
+    labels: Tensor  # [1, t] int64
+    positions: Tensor  # [1, t] int64
+    documents: Documents
+    sources: Tensor  # [n] int64: where in the row something is predicted, in the order of the episodes
+    targets: Tensor  # [n] int64: where among the b * s places of Rows
+
+    def to(self, device: torch.device) -> "SharedRow":
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +41,24 @@ class Rows:
     sampler_logps: Tensor  # [b, s] fp32: the engine's, 0 where nothing was chosen
     scores: Tensor  # [b] fp32: what each is judged by, its advantage, in PPO its reward
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
+    shared: SharedRow | None = None  # computed instead of the rows
 
     @property
     def mask(self) -> Tensor:
         return self.labels != IGNORE
 
     def to(self, device: torch.device) -> "Rows":
-        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return _moved(self, device)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens, padding included."""
+        return self.tokens.numel() if self.shared is None else self.shared.tokens.numel()
+
+
+def _moved(batch: T, device: torch.device) -> T:
+    parts: dict[str, Any] = {n: x.to(device) for n, x in vars(batch).items() if isinstance(x, (Tensor, SharedRow))}
+    return replace(batch, **parts)
 
 
 def countable(episodes: Sequence[Episode], rewards: Tensor, *, skip_truncated: bool) -> list[bool]:
@@ -72,14 +99,19 @@ def rows(
     return Rows(tokens=tokens, labels=labels, sampler_logps=logps, scores=scores[own], where=where)
 
 
-def micro_batches(count: int, *, mini_batches: int, batch_size: int, lengths: Sequence[int]) -> list[list[list[int]]]:
+def micro_batches(
+    count: int, *, mini_batches: int, batch_size: int, lengths: Sequence[int] | None
+) -> list[list[list[int]]]:
     """Numbers 0 to ``count``, as ``mini_batches`` lists of micro-batches of at most ``batch_size``, alike on all ranks.
 
-    Every mini-batch has a part of every group (numbers in a row are a group); rows of like length are together.
+    Every mini-batch has a part of every group (numbers in a row are a group); rows of like length are together, or
+    without ``lengths`` groups.
     """
     found = []
     for k in range(mini_batches):
-        own = sorted(range(k, count, mini_batches), key=lambda i: lengths[i])
+        own = list(range(k, count, mini_batches))
+        if lengths is not None:
+            own.sort(key=lambda i: lengths[i])
         found.append([own[i : i + batch_size] for i in range(0, len(own), batch_size)])
     return found
 

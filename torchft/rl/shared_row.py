@@ -1,0 +1,108 @@
+"""A group's answers in one row with their prompt once (torchft/documents.py), and values of them as `Rows` has them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchft.documents import Documents
+from torchft.losses.likelihood import IGNORE, token_logps
+from torchft.modules.decoder import Decoder
+from torchft.rl.batch import Rows, SharedRow, rows
+from torchft.rl.rollout import Episode
+from torchft.training.distributed import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """What an episode adds to the row: its tokens from ``first`` on."""
+
+    number: int  # row of Rows
+    first: int
+    at: int  # place in the row
+
+
+def saved_by_sharing(episodes: Sequence[Episode], *, group_size: int, world: World) -> float:
+    """Of the tokens of all episodes of all ranks, groups one after the other, those of prompts that need not be
+    computed again. All ranks call it."""
+    total = sum(len(episode.tokens) for episode in episodes)
+    again = sum(_shared(episodes[i - i % group_size], episode) for i, episode in enumerate(episodes) if i % group_size)
+    again, total = world.sum(torch.tensor([again, total], device=world.device)).tolist()
+    return again / max(total, 1)
+
+
+def shared_rows(
+    episodes: Sequence[Episode],
+    numbers: Sequence[int],
+    *,
+    scores: Tensor,
+    counts: Sequence[bool],
+    pad_id: int,
+    length: int | None = None,
+) -> Rows:
+    """As `rows`, computed as one row. Groups stand together; episodes that do not count are not computed at all."""
+    batch = rows(episodes, numbers, scores=scores, counts=counts, pad_id=pad_id, length=length)
+    counted = batch.mask.any(1).tolist()
+    pieces, at = list[_Piece](), 0
+    trunk: Episode | None = None
+    for k, i in enumerate(numbers):
+        if not counted[k]:
+            continue
+        shared = 0 if trunk is None else _shared(trunk, episodes[i])
+        if not shared:
+            trunk = episodes[i]
+        pieces.append(_Piece(number=k, first=shared, at=at))
+        at += len(episodes[i].tokens) - shared
+    t = padded(at)
+    tokens, labels = batch.tokens.new_full((1, t), pad_id), batch.labels.new_full((1, t), IGNORE)
+    positions = torch.zeros(1, t, dtype=torch.int64)
+    for piece in pieces:
+        n = len(episodes[numbers[piece.number]].tokens) - piece.first
+        own, place = slice(piece.first, piece.first + n), slice(piece.at, piece.at + n)
+        tokens[0, place], labels[0, place] = batch.tokens[piece.number, own], batch.labels[piece.number, own]
+        positions[0, place] = torch.arange(piece.first, piece.first + n)
+    positions[0, at:] = torch.arange(t - at)
+    has_branches = any(piece.first for piece in pieces)
+    row = SharedRow(
+        tokens=tokens,
+        labels=labels,
+        positions=positions,
+        documents=Documents(len(pieces) + 1, int(positions.max()) + 1, has_branches),
+        sources=(labels[0] != IGNORE).nonzero()[:, 0],
+        targets=batch.mask.flatten().nonzero()[:, 0],
+    )
+    return replace(batch, shared=row)
+
+
+def chosen_logps(model: Decoder, batch: Rows, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """`token_logps` of what was chosen and the entropy of its distribution, [b, s] each; shared row or not."""
+    head = partial(token_logps, temperature=temperature, entropy=True)
+    row = batch.shared
+    if row is None:
+        return model(batch.tokens, head=partial(head, labels=batch.labels))
+    found = model(row.tokens, row.positions, documents=row.documents, head=partial(head, labels=row.labels))
+    logps, entropy = (_spread(values, row, batch) for values in found)
+    return logps, entropy
+
+
+def padded(num_tokens: int) -> int:
+    """A row's length for so many tokens: at most an eighth more, of 8 lengths between a power of two and the next."""
+    step = max(16, 1 << max(num_tokens.bit_length() - 4, 0))
+    return max(-(-num_tokens // step), 1) * step
+
+
+def _spread(values: Tensor, row: SharedRow, batch: Rows) -> Tensor:
+    """``values`` [1, t] of the shared row where `Rows` has them, [b, s]; 0 elsewhere."""
+    zeros = values.new_zeros(batch.tokens.numel())
+    return zeros.index_copy(0, row.targets, values.flatten().index_select(0, row.sources)).view(batch.tokens.shape)
+
+
+def _shared(one: Episode, other: Episode) -> int:
+    """Tokens that ``other`` need not compute beside ``one``: a prompt that is the same, but for its last token."""
+    if not (one.num_chosen and other.num_chosen):
+        return 0
+    n = one.chosen.index(True)
+    is_same = n == other.chosen.index(True) and one.tokens[:n] == other.tokens[:n]
+    return max(n - 1, 0) if is_same else 0
