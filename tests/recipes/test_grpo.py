@@ -175,7 +175,7 @@ def test_rewards_that_raise_are_left_out_and_counted(grpo, tmp_path, monkeypatch
     monkeypatch.setattr(registry, "_added", {})
     registry.add(sometimes, kind="reward")
     seen, make = [], grpo.recipe.shared_rows
-    monkeypatch.setattr(grpo.recipe, "shared_rows", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
+    monkeypatch.setattr(grpo.recipe, "shared_rows", lambda *args, **how: seen.append(make(*args, **how)) or seen[-1])
     name = f"{sometimes.__module__}.sometimes"
     run = grpo(tmp_path / "run", f"rollout.rewards=[{{reward: {{_component_: {name}}}}}]")
     for row, batch in zip(rows(run), seen, strict=True):
