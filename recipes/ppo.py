@@ -39,6 +39,7 @@ from torchft.rl.batch import Rows, count_totals, countable, micro_batches, rows
 from torchft.rl.collect import RolloutConfig, Rollouts
 from torchft.rl.critic import estimate, judge, make_critic
 from torchft.rl.curves import Curves, rollout_row, write_samples
+from torchft.rl.shared_row import chosen_logps
 from torchft.training import checkpoint, distributed, state
 from torchft.training.compile import compile_blocks
 from torchft.training.console import Console, Steps, first_panel, last_panel
@@ -176,10 +177,7 @@ def load_base(config: Config, model: Decoder, world: World) -> None:
 @torch.no_grad()
 def known_logps(model: Decoder, batches: list[list[Rows]], temperature: float) -> list[list[Tensor]]:
     """Log-probabilities [b, s] of what was chosen in each micro-batch."""
-    return [
-        [model(batch.tokens, head=partial(token_logps, labels=batch.labels, temperature=temperature)) for batch in own]
-        for own in batches
-    ]
+    return [[chosen_logps(model, batch, temperature=temperature)[0] for batch in own] for own in batches]
 
 
 def main(config: Config) -> None:
