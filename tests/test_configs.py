@@ -13,7 +13,11 @@ from torchft.config_load import load
 from torchft.errors import UserError
 
 CONFIGS = shipped.configs()
-SIZES = {name.lower(): f"{family}/{name}" for family, module in models.FAMILIES.items() for name in module.CONFIGS}
+SIZES = {
+    name.lower(): f"{family}/{name}"
+    for family, module in (models.FAMILIES | models.ENCODERS).items()
+    for name in module.CONFIGS
+}
 
 
 def recipe_config(recipe: str) -> type:

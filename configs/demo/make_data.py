@@ -5,7 +5,8 @@
 
 The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, the demos of
 reinforcement learning ``backwards``, a task in words that the base rarely understands, the preference demo to answer
-tasks that it knows in capital letters. Words of the test files never occur in the training files.
+tasks that it knows in capital letters, the embedding demo to find the answer of a task among others. Words of the test
+files never occur in the training files.
 """
 
 import json
@@ -122,6 +123,16 @@ def write_alpaca(path: Path, rows: Iterator[Sample]) -> None:
             f.write(json.dumps({"instruction": question, "input": "", "output": answer}) + "\n")
 
 
+def write_texts(path: Path, rows: Iterator[Sample]) -> None:
+    """Questions and their answers, of which each comes once."""
+    seen = set()
+    with open(path, "w", encoding="utf-8") as f:
+        for question, answer in rows:
+            if answer not in seen:
+                f.write(json.dumps({"query": question, "positive": answer}) + "\n")
+            seen.add(answer)
+
+
 def write_pairs(path: Path, rows: Iterator[Sample]) -> None:
     """The right answer in capital letters is preferred to the same answer as the base model gives it."""
     with open(path, "w", encoding="utf-8") as f:
@@ -227,6 +238,9 @@ if __name__ == "__main__":
         write_alpaca(HERE / "old_tasks.jsonl", samples(list(TASKS.values()), 2000, seed=5, test=False))
         write(HERE / "backwards_train.jsonl", samples([backwards], 2000, seed=5, test=False))
         write(HERE / "backwards_test.jsonl", samples([backwards], 200, seed=6, test=True))
+        answered = [TASKS[name] for name in ("spell", "twice", "capitals", "join")]
+        write_texts(HERE / "texts_train.jsonl", samples(answered, 3000, seed=9, test=False))
+        write_texts(HERE / "texts_test.jsonl", samples(answered, 200, seed=10, test=True))
         preferred = [TASKS[name] for name in PREFERRED]
         write_pairs(HERE / "capitals_train.jsonl", samples(preferred, 2000, seed=5, test=False))
         write_pairs(HERE / "capitals_test.jsonl", samples(preferred, 100, seed=6, test=True))

@@ -26,6 +26,7 @@ from recipe_runs import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from torchft import shipped
 from torchft.errors import UserError
 from torchft.sentence_transformers import read_pooling
 from torchft.training.metrics import read_rows
@@ -203,3 +204,15 @@ def test_golden_losses(run, encoder, tmp_path):
     """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not."""
     options = [f"checkpoint_dir={encoder}", LORA, "epochs=1", CONSTANT, "optimizer.lr=1e-3"]
     assert losses(run(tmp_path / "run", *options)).tolist()[:3] == pytest.approx(GOLDEN, abs=1e-4)
+
+
+def test_the_demo(tmp_path):
+    """In short: a few steps on the small model already find more of the held-out answers."""
+    short = ["batch_size=4", "gradient_accumulation_steps=1", "max_steps=8", "dataset_eval.max_rows=64", "eval_every=8"]
+    recipe = load_recipe("embedding_finetune")
+    recipe.draw_loss = lambda *args, **kwargs: None
+    out = train(recipe, shipped.find_config("demo/embedding"), tmp_path / "run", *short)
+    before, after = (row for row in read_rows(out / "metrics.jsonl") if "eval_mrr" in row)
+    assert (
+        after["eval_recall_at_1"] > before["eval_recall_at_1"] + 0.15 and after["eval_mrr"] > before["eval_mrr"] + 0.15
+    )
