@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import distance, mean_nll
+from processes import run_ranks
 from tiny import LLAMA3_ROPE, decoder, tokens
 from torch import nn
 
@@ -13,9 +14,10 @@ from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.errors import UserError
-from torchft.training import recompute
+from torchft.training import distributed, recompute
 from torchft.training.block_cost import block_costs
 from torchft.training.compile import compile_blocks
+from torchft.training.distributed import ParallelConfig
 from torchft.training.graphs import Replay
 from torchft.training.memory import GIB
 from torchft.training.offload import Offload
@@ -175,6 +177,52 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch, compiled):
         last = plan
     with pytest.raises(UserError, match=r"does not fit.*GiB"):
         on_a_gpu(monkeypatch, model, limit=leanest // 2, seq_len=256, compiled=compiled)
+
+
+def chosen_by_a_rank(limits, shards):
+    """What this rank chooses, with so many bytes on the device of each."""
+    with distributed.init(ParallelConfig(), device="cpu") as world, pytest.MonkeyPatch.context() as patch:
+        model = model_of("lora", vocab_size=512)
+        found = on_a_gpu(patch, model, limit=limits[world.rank], seq_len=256, shards=shards)
+    return [(plan.setting, plan.memory.total, plan.gathers_once) for plan in found]
+
+
+def test_ranks_choose_alike_by_the_fullest_device():
+    """Also with a limit at which weights that stay whole would fit on the other rank alone."""
+    roomy, *_ = chosen_by_a_rank([GIB], 2)
+    tight = int(0.7 * roomy[1])
+    one, other = run_ranks(chosen_by_a_rank, 2, [GIB, tight], 2)
+    assert one == other == chosen_by_a_rank([tight], 2)
+    assert one[0] != roomy and roomy[2] and not one[0][2]
+
+
+def chosen_by_a_gpu():
+    """What this rank chooses, where the second one's GPU is nearly full."""
+    with distributed.init(ParallelConfig(), device="cuda") as world:
+        free = torch.cuda.mem_get_info(world.device)[0]
+        held = torch.empty((free - 4 * GIB) * world.rank, dtype=torch.uint8, device=world.device)
+        model = model_of("lora", vocab_size=512, num_hidden_layers=24).to("meta")
+        found = settings(model, recompute="auto", rows=8, seq_len=8192, shards=2, device=world.device)
+        del held
+    return [plan.setting for plan in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_choose_alike_by_the_fullest():
+    one, other = run_ranks(chosen_by_a_gpu, 2)
+    assert one == other and one[0] != {"budget": None, "share": 0.0, "offload": 0.0, "rows": 8}
+
+
+def test_memory_of_a_rank_is_its_part_and_what_is_gathered(monkeypatch):
+    """Of weights a part, two whole blocks, and whole what is in no block: what FSDP2 holds while a block runs."""
+    model = model_of("full", vocab_size=512)
+    blocks = [sum(p.nbytes for p in layer.parameters()) for layer in model.layers]
+    every = sum(p.nbytes for p in model.parameters())
+    for shards in (2, 4):
+        memory = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=shards)[0].memory
+        assert memory.weights == every // shards + 2 * blocks[0] + every - sum(blocks)
+        assert (memory.gradients, memory.optimizer) == (every // shards, 2 * (every // shards))
 
 
 def test_fewer_rows_come_before_recompute(monkeypatch):
