@@ -83,11 +83,18 @@ def test_ports_and_what_torchrun_decides_itself():
     check_rendezvous({"rdzv-backend": "etcd-v2", "rdzv-endpoint": "nowhere.invalid:2379"})
 
 
-def test_x9_on_the_command_line():
-    words = ["run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=nowhere.invalid:29500"]
+@pytest.mark.parametrize(
+    ("endpoint", "conf", "message"),
+    [
+        ("nowhere.invalid:29500", "read_timeout=1", "--rdzv-endpoint nowhere.invalid:29500 cannot be reached in 1 s"),
+        ("127.0.0.1:FREE", "join_timeout=1", "not all nodes came in time"),
+    ],
+)
+def test_x9_on_the_command_line(free, endpoint, conf, message):
+    words = ["run", "--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint={endpoint.replace('FREE', str(free))}"]
     command = [sys.executable, "-c", "import sys; from torchft.cli.main import main; sys.exit(main())", *words]
-    command += ["--rdzv-conf=read_timeout=1", "lora_finetune", "--config", "demo/lora"]
+    command += [f"--rdzv-conf={conf}", "lora_finetune", "--config", "demo/lora"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
-    assert "--rdzv-endpoint nowhere.invalid:29500 cannot be reached in 1 s" in ended.stderr
+    assert message in ended.stderr
