@@ -1,6 +1,7 @@
 """How good a model is: perplexity, exact match and multiple choice on your files, and tasks of the lm-eval harness.
 
     tune run evaluate checkpoint_dir=out/my_run/export perplexity.source=held_out.jsonl exact_match.source=exam.jsonl
+    tune run --nproc-per-node 4 evaluate checkpoint_dir=... perplexity.source=held_out.jsonl     # rows shared out
     tune run evaluate checkpoint_dir=Llama-3.2-1B multiple_choice.source=questions.jsonl "tasks=[hellaswag, arc_easy]"
     python recipes/evaluate.py --config my.yaml
 
@@ -28,11 +29,12 @@ from torchft.data.prefetch import one_epoch
 from torchft.data.prompts import prompts
 from torchft.errors import UserError
 from torchft.files import atomic_write
-from torchft.generation.exact_match import ExactMatchConfig, answer_all, share_right
+from torchft.generation.exact_match import ExactMatchConfig, answer_among_ranks, share_right
 from torchft.generation.loaded import load
 from torchft.generation.multiple_choice import MultipleChoiceConfig, continuation_logps, pick, right_choice
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
+from torchft.ranks import gather, is_main, num_ranks, rank
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import distributed
 from torchft.training.console import Console, last_panel
@@ -87,9 +89,9 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
 
 
 def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer) -> float:
-    """The share of questions whose right answer is the likeliest, 0 to 1."""
+    """The share of questions whose right answer is the likeliest, 0 to 1; each rank asks a part of them."""
     pairs, questions = [], []
-    for prompt in prompts(config.source, max_rows=config.max_rows):
+    for prompt in prompts(config.source, max_rows=config.max_rows)[rank() :: num_ranks()]:
         texts = prompt.values.get("choices")
         if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{prompt.where}: 'choices' must list at least two answers, text")
@@ -101,13 +103,14 @@ def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer) 
     right = 0
     for texts, lengths, answer in questions:
         right += pick([next(logps) for _ in texts], texts, lengths, config.normalise) == answer
-    return right / len(questions)
+    of_ranks = gather((right, len(questions)))
+    return sum(right for right, _ in of_ranks) / sum(number for _, number in of_ranks)
 
 
 def main(config: Config) -> None:
     with distributed.init(ParallelConfig(), device=config.device) as world:
-        if world.size > 1:
-            raise UserError("evaluate runs in one process: start it without torchrun", is_shared=True)
+        if world.size > 1 and config.tasks:
+            raise UserError("tasks: the harness runs in one process; start them without torchrun", is_shared=True)
         model, tokenizer = load(
             config.checkpoint_dir,
             adapter=config.adapter,
@@ -120,12 +123,13 @@ def main(config: Config) -> None:
         found: dict[str, float] = {}
         if config.perplexity:
             samples = mix([config.perplexity.build(tokenizer=tokenizer, seq_len=config.seq_len)])
-            nll = evaluate(model, Loader(samples, batch_size=config.batch_size, seed=0, shuffle=False), world)
+            how = {"batch_size": config.batch_size, "rank": world.rank, "num_ranks": world.size}
+            nll = evaluate(model, Loader(samples, seed=0, shuffle=False, **how), world)
             found |= {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sum(samples.lengths()))}
         model.eval()
         if config.exact_match:
             questions = conversations(config.exact_match.source, max_rows=config.exact_match.max_rows)
-            found["exact_match"] = share_right(answer_all(model, tokenizer, questions, config.exact_match))
+            found["exact_match"] = share_right(answer_among_ranks(model, tokenizer, questions, config.exact_match))
         if config.multiple_choice:
             found["multiple_choice"] = choices(config.multiple_choice, model, tokenizer)
         if config.tasks:
@@ -136,8 +140,10 @@ def main(config: Config) -> None:
             how = {"max_len": config.seq_len, "batch_size": config.batch_size, "num_slots": config.num_slots}
             lm = EngineLM(model, tokenizer, **how)
             found |= run_tasks(lm, config.tasks, num_fewshot=config.num_fewshot, limit=config.limit)
-        last_panel(Console(), "Evaluation", {name: f"{value:.4f}" for name, value in found.items()}, {})
-        if config.output:
+        last_panel(
+            Console(quiet=not is_main()), "Evaluation", {name: f"{value:.4f}" for name, value in found.items()}, {}
+        )
+        if config.output and is_main():
             atomic_write(config.output, json.dumps({"checkpoint_dir": str(config.checkpoint_dir), **found}, indent=1))
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from letters import turns, write_jsonl
+from processes import run_ranks
 from recipe_runs import hub_model, load_recipe
 
 from torchft import shipped, tokenizers
@@ -66,3 +67,28 @@ def test_multiple_choice(tmp_path):
 def test_nothing_to_measure(tmp_path):
     with pytest.raises(UserError, match="nothing is measured"):
         measure(tmp_path)
+
+
+def measure_shared(folder, overrides):
+    measure(folder, *overrides)
+
+
+def refused_tasks(folder):
+    with pytest.raises(UserError, match="the harness runs in one process"):
+        measure(folder, "tasks=[hellaswag]")
+
+
+def test_two_ranks_are_one_process(tmp_path):
+    """Rows that do not divide among ranks: the same perplexity, exact match and multiple choice."""
+    data = write_jsonl(tmp_path / "d.jsonl", [turns(*row) for row in [*ROWS, ROWS[0]]])
+    asked = [{"prompt": q, "choices": ["9", "7", "red"], "answer": answer} for (q, _), answer in zip(ROWS, (1, 2, 0))]
+    choices = write_jsonl(tmp_path / "c.jsonl", asked)
+    options = [f"perplexity.source={data}", f"exact_match.source={data}", f"multiple_choice.source={choices}"]
+    alone = measure(tmp_path, *options, "batch_size=2")
+    (tmp_path / "ranks").mkdir()
+    run_ranks(measure_shared, 2, tmp_path / "ranks", [*options, "batch_size=2"])
+    together = json.loads((tmp_path / "ranks" / "found.json").read_text())
+    assert together.pop("checkpoint_dir") == alone.pop("checkpoint_dir")
+    assert together == pytest.approx(alone, rel=1e-6)
+    run_ranks(refused_tasks, 2, tmp_path)
+    assert together["exact_match"] == 0.8 and 0 < together["multiple_choice"] < 1

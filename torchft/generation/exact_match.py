@@ -7,6 +7,7 @@ from typing import Annotated
 from torchft.config import Range
 from torchft.generation.greedy import generate
 from torchft.modules.decoder import Decoder
+from torchft.ranks import gather, num_ranks, rank
 from torchft.tokenizers.chat import Message
 from torchft.tokenizers.tokenizer import Tokenizer
 
@@ -46,6 +47,15 @@ def answer_all(
             for c, reply in zip(batch, replies)
         ]
     return answers
+
+
+def answer_among_ranks(
+    model: Decoder, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], limits: ExactMatchConfig
+) -> list[Answer]:
+    """All ranks, each with the whole model: `answer_all`, of which each answers a part and hears of all."""
+    own = answer_all(model, tokenizer, conversations[rank() :: num_ranks()], limits)
+    found = gather(own)
+    return [found[i % num_ranks()][i // num_ranks()] for i in range(len(conversations))]
 
 
 def share_right(answers: Sequence[Answer]) -> float:
