@@ -216,3 +216,12 @@ def test_the_demo(tmp_path):
     assert (
         after["eval_recall_at_1"] > before["eval_recall_at_1"] + 0.15 and after["eval_mrr"] > before["eval_mrr"] + 0.15
     )
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_base_in_four_bits(run, base, encoder, tmp_path, kind):
+    folder = base if kind == "decoder" else encoder
+    options = [f"checkpoint_dir={folder}", "nf4={}", LORA, "epochs=6", "packed=true"]
+    out = run(tmp_path / "run", *options)
+    assert losses(out)[-4:].mean() < 0.7 * losses(out)[:4].mean()
+    assert all("lora_" in name for name in weights(out))
