@@ -52,7 +52,7 @@ class Slots:
         device = self.token.device
         tokens = torch.tensor([[*p, *[0] * (length - len(p))] for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        cache = KVCache(len(self.model.layers), num_slots=None, reach=self.cache.reach)
+        cache = KVCache(len(self.model.layers), num_slots=None, reach=self.cache.reach, lengths=lengths)
         logits = self.model(tokens, head=partial(_logits_at, index=lengths - 1), cache=cache)  # [prompts, v]
         place = {prompt: i for i, prompt in enumerate(prompts)}
         source = torch.tensor([place[start.prompt] for start in starts], device=device)

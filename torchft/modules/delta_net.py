@@ -65,29 +65,50 @@ class GatedDeltaNet(nn.Module):
         cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """A ``cache`` keeps what the convolution takes and the gates, of each slot, and the state is made again from
-        them: so rows may be padded behind their ends, and continue at different ``positions``."""
+        """A ``cache`` keeps what the convolution takes and the gates, of each slot, and the state behind a prefill of
+        known lengths, from which single tokens go on; without one it is made again from all slots. So rows may be
+        padded behind their ends, and continue at different ``positions``."""
         assert positions is not None
-        b = x.shape[0]
+        b, s, _ = x.shape
         qkv, z, beta, a = self._project(x)
-        where, gates = positions, torch.cat((beta, a), dim=-1)
+        where, gates, weight = positions, torch.cat((beta, a), dim=-1), self.conv1d.weight[:, 0]
         if cache is not None:
             held = cache.update(positions, qkv[:, :, None], gates[:, :, None])
             qkv, gates = (y[:, : cache.seen, 0] for y in held)
             where = torch.arange(qkv.shape[1], device=x.device).expand(b, -1)  # of slots, all of one document
-        beta, a = gates.chunk(2, dim=-1)  # [b, t, h]
-        keys = self.num_key_heads * self.key_dim
-        mixed = F.silu(causal_conv(qkv, self.conv1d.weight[:, 0], where))
-        q, k, v = mixed.split((keys, keys, self.num_heads * self.value_dim), dim=-1)
-        q, k = (self._heads(y) for y in (q, k))  # [b, t, h, k] fp32, of length 1
-        decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # its log, [b, t, h]
-        v = v.unflatten(-1, (self.num_heads, -1)).float()
-        out = delta_rule(q / math.sqrt(self.key_dim), k, v, decay, beta.float().sigmoid(), where)  # [b, t, h, c]
-        if cache is not None:
-            own = positions.clamp(max=out.shape[1] - 1)  # idle rows may stand further; nobody reads what they give
-            out = out[torch.arange(b, device=x.device)[:, None], own]
+        rows, own = torch.arange(b, device=x.device)[:, None], positions.clamp(max=qkv.shape[1] - 1)
+        # idle rows may stand further than what is seen; nobody reads what they give
+        if cache is not None and cache.state is not None and s == 1:
+            taps = own - torch.arange(weight.shape[1] - 1, -1, -1, device=x.device)  # slots, [b, taps]
+            before = torch.where((taps >= 0)[..., None], qkv[rows, taps.clamp(min=0)], 0)
+            mixed = F.silu((before * weight.T).sum(1, keepdim=True))  # [b, 1, channels]
+            last = cache.state[rows[:, 0], (positions[:, 0] - 1) % 2]
+            q, k, v, decay, beta = (y[:, 0] for y in self._gated(mixed, gates[rows, own]))
+            out, state = delta_step(q, k, v, decay, beta, last)
+            cache.state[rows[:, 0], positions[:, 0] % 2] = state
+            out = out[:, None]  # [b, 1, h, c]
+        else:
+            q, k, v, decay, beta = self._gated(F.silu(causal_conv(qkv, weight, where)), gates)
+            if cache is not None and cache.lengths is not None:  # padding neither decays the state nor writes to it
+                is_padding = (where >= cache.lengths[:, None])[..., None]
+                decay, beta = decay.masked_fill(is_padding, 0.0), beta.masked_fill(is_padding, 0.0)
+            out, state = delta_rule_and_state(q, k, v, decay, beta, where)  # [b, t, h, c]
+            if cache is not None:
+                cache.state = None if cache.lengths is None else state
+                out = out[rows, own]
         out = self.norm(out.to(x.dtype)) * F.silu(z.float())
         return self.out_proj(out.to(x.dtype).flatten(2))
+
+    def _gated(self, mixed: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries (scaled) and keys [b, t, h, k], values [b, t, h, c], log decay and beta [b, t, h], all fp32, of what
+        the convolution and the gates' projections gave."""
+        beta, a = gates.chunk(2, dim=-1)
+        keys = self.num_key_heads * self.key_dim
+        q, k, v = mixed.split((keys, keys, self.num_heads * self.value_dim), dim=-1)
+        q, k = (self._heads(y) for y in (q, k))  # of length 1
+        decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        v = v.unflatten(-1, (self.num_heads, -1)).float()
+        return q / math.sqrt(self.key_dim), k, v, decay, beta.float().sigmoid()
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values side by side [b, s, ...], output gates [b, s, h, c], betas and decays [b, s, h]."""
@@ -120,8 +141,24 @@ def causal_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
+def delta_step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """What one token reads, [b, h, c], and the state behind it, [b, h, k, c]; of q, k [b, h, k], v [b, h, c], log decay
+    and beta [b, h], all fp32."""
+    state = state * decay.exp()[..., None, None]
+    new = (v - (k[..., None, :] @ state)[..., 0, :]) * beta[..., None]
+    state = state + k[..., None] * new[..., None, :]
+    return (q[..., None, :] @ state)[..., 0, :], state
+
+
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, positions: Tensor) -> Tensor:
-    """The gated delta rule, [b, s, h, c] fp32, from an empty state at every position 0.
+    """What `delta_rule_and_state` reads."""
+    return delta_rule_and_state(q, k, v, decay, beta, positions)[0]
+
+
+def delta_rule_and_state(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule from an empty state at every position 0: [b, s, h, c], and the last state, [b, h, k, c].
 
     q, k [b, s, h, k], v [b, s, h, c], ``decay`` (its log, not over 0) and ``beta`` [b, s, h], all fp32. In chunks: what
     the tokens of one do to each other is a triangular system, and the state passes from one to the next.
@@ -154,4 +191,4 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, pos
         new = writes[:, :, i] - corrections[:, :, i] @ state
         outputs.append(reads[:, :, i] @ state + within[:, :, i] @ new)
         state = state * from_state[:, :, i, -1:, None] + adds[:, :, i] @ new
-    return torch.cat(outputs, dim=2)[:, :, :s].transpose(1, 2)
+    return torch.cat(outputs, dim=2)[:, :, :s].transpose(1, 2), state

@@ -10,11 +10,15 @@ class LayerCache:
     ``num_slots`` None: holds one prefill, whose queries see their own rows alone and not what lies in a cache.
     """
 
-    def __init__(self, num_slots: int | None) -> None:
+    def __init__(self, num_slots: int | None, lengths: Tensor | None = None) -> None:
         self.num_slots = num_slots
+        self.lengths = lengths  # [rows] tokens of a prefill's rows, what is padded behind them not counted
         self.seen = num_slots  # slots that queries look at: all, or fewer if none lies further
         self.k: Tensor | None = None  # made for the first keys: layers differ in heads
         self.v: Tensor | None = None
+        # Of recurrent mixers, fp32: [rows, ...] behind a prefill; [rows, 2, ...] where there are slots, as two buffers:
+        # a token at position p reads that of p - 1 and writes that of p, so that a step may be repeated.
+        self.state: Tensor | None = None
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [b, s, k, c] at ``positions`` [b, s] of the first b rows; these, [b, slots, k, c]."""
@@ -40,6 +44,10 @@ class LayerCache:
         for own, theirs in ((self.k, other.k), (self.v, other.v)):
             own[target, :n] = theirs[source, :n]
             own[target, n:] = 0.0  # a row before may have left NaN, and 0 times NaN is NaN
+        if other.state is not None and other.lengths is not None:
+            if self.state is None:
+                self.state = other.state.new_zeros(num_rows, 2, *other.state.shape[1:])
+            self.state[target, (other.lengths[source] - 1) % 2] = other.state[source]
 
 
 class KVCache:
@@ -48,8 +56,11 @@ class KVCache:
     ``reach``: tokens that a row may come to hold, here or in the cache that it is copied to; None: ``num_slots``.
     """
 
-    def __init__(self, num_layers: int, *, num_slots: int | None, reach: int | None = None) -> None:
-        self.layers = [LayerCache(num_slots) for _ in range(num_layers)]
+    def __init__(
+        self, num_layers: int, *, num_slots: int | None, reach: int | None = None, lengths: Tensor | None = None
+    ) -> None:
+        """``lengths`` [rows] of a prefill, for mixers whose state must not see the padding behind."""
+        self.layers = [LayerCache(num_slots, lengths) for _ in range(num_layers)]
         self.num_slots, self.reach = num_slots, reach or num_slots
 
     def see(self, num_slots: int) -> None:

@@ -147,6 +147,34 @@ def test_cache_goes_on_from_rows_of_different_lengths():
         assert violations({"step": (out, want)}) == {}
 
 
+def test_single_tokens_go_on_from_the_state(monkeypatch):
+    """A prefill of 7 and 3 tokens, copied to three rows in another order; then tokens one by one, each step twice over,
+    as a warm-up repeats it, without the rule over all slots. A row is then filled anew."""
+    layer, x = random(ours()), torch.randn(2, 10, DIM)
+    alone = [layer(x[i : i + 1], None, None, SEEN, positions=arange(x[:1])) for i in range(2)]
+    prompt = x[:, :7].clone()
+    prompt[1, 3:] = 99.0  # padding
+    prefill = LayerCache(None, lengths=torch.tensor([7, 3]))
+    layer(prompt, None, None, SEEN, prefill, arange(prompt))
+    cache = LayerCache(12)
+
+    def steps(rows, count):
+        for step in range(count):
+            places = [(7, 3)[i] + step for i in rows]
+            token = torch.stack([x[i, place] for i, place in zip(rows, places)])[:, None]
+            for _ in range(2):
+                out = layer(token, None, None, SEEN, cache, torch.tensor(places)[:, None])
+            want = torch.stack([alone[i][0, place] for i, place in zip(rows, places)])[:, None]
+            assert violations({"step": (out, want)}) == {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_net, "delta_rule_and_state", None)
+        cache.copy_rows(prefill, torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), num_rows=3)
+        steps([1, 0, 1], 3)
+        cache.copy_rows(prefill, torch.tensor([0, 1]), torch.tensor([0, 1]), num_rows=3)
+        steps([0, 1], 2)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_compiles_in_one_graph_for_every_packing(kind):
     torch._dynamo.reset()
