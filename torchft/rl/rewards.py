@@ -8,7 +8,7 @@ A reward that raises, or takes too long, is not known: the answer is left out of
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchft.data.prompts import Prompt
@@ -28,6 +28,16 @@ class Attempt:
 
 
 Reward = Callable[[Attempt], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReward:
+    """A reward that is asked about many attempts together, where that is faster."""
+
+    score: Callable[[Sequence[Attempt]], list[float]]
+
+    def __call__(self, attempt: Attempt) -> float:
+        return self.score([attempt])[0]
 
 
 def exact_match(*, column: str | None = None, ignore_case: bool = False) -> Reward:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchft.config import Component, Kind
-from torchft.rl.rewards import Attempt, Reward
+from torchft.rl.rewards import Attempt, BatchReward, Reward
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,20 @@ class Scorer:
             self._rewards[name] = (config.reward.build(), config.weight)
 
     def score(self, attempts: Sequence[Attempt]) -> Scores:
-        found = {
-            name: torch.tensor([self._one(name, reward, attempt) for attempt in attempts])
-            for name, (reward, _) in self._rewards.items()
-        }
+        found = {name: torch.tensor(self._all(name, reward, attempts)) for name, (reward, _) in self._rewards.items()}
         total = torch.stack([weight * found[name] for name, (_, weight) in self._rewards.items()]).sum(0)
         return Scores(
             by_reward=found, total=total, num_failed={name: int(values.isnan().sum()) for name, values in found.items()}
         )
+
+    def _all(self, name: str, reward: Reward, attempts: Sequence[Attempt]) -> list[float]:
+        if isinstance(reward, BatchReward):
+            try:
+                with time_limit(self._timeout_s * max(len(attempts), 1)):
+                    return reward.score(attempts)
+            except Exception as e:  # as below: then one by one, so that only those that fail are left out
+                log.warning("reward %s raised %r for %d answers together; asking one by one", name, e, len(attempts))
+        return [self._one(name, reward, attempt) for attempt in attempts]
 
     def _one(self, name: str, reward: Reward, attempt: Attempt) -> float:
         try:

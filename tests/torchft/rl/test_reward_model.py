@@ -8,10 +8,12 @@ from tiny import SIZES
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from torchft import shipped, tokenizers
+from torchft.config import Component
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
 from torchft.rl.reward_model import reward_model
 from torchft.rl.rewards import Attempt
+from torchft.rl.scoring import RewardConfig, Scorer
 
 
 def folder_of(path, **more):
@@ -36,6 +38,23 @@ def test_scores_are_transformers(tmp_path):
         with torch.no_grad():
             assert scores[-1] == pytest.approx(theirs(torch.tensor([tokens])).logits.item(), abs=1e-5)
     assert scores[0] != scores[1]
+
+
+def test_batches_score_as_single_answers_do(tmp_path):
+    """Of unlike lengths, in the order they were asked, also through the scorer."""
+    folder_of(tmp_path, num_labels=1)
+    config = Component("torchft.rl.reward_model.reward_model", {
+        "checkpoint_dir": str(tmp_path), "dtype": "fp32", "device": "cpu", "batch_size": 2
+    })  # fmt: skip
+    reward = config.build()
+    prompt = Prompt(messages=[{"role": "user", "content": "Hi?"}], answer="", values={}, where="x")
+    texts = ["7", "Eight, I think.", "no", "a much longer answer than the others are", "red"]
+    attempts = [Attempt(prompt=prompt, text=text, num_tokens=1, finish="stop") for text in texts]
+    singles = [reward(attempt) for attempt in attempts]
+    assert len(set(singles)) == 5 and reward.score(attempts) == pytest.approx(singles, abs=1e-6)
+    scores = Scorer([RewardConfig(reward=config)], timeout_s=5.0).score(attempts)
+    assert scores.total.tolist() == pytest.approx(singles, abs=1e-6)
+    assert reward.score([]) == []
 
 
 def test_other_models_are_refused(tmp_path):
