@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.modules.sharded import gather_once
-from torchft.ranks import gather
+from torchft.ranks import gather, num_ranks
 from torchft.training.block_cost import EAGER, BlockCost, block_costs
 from torchft.training.compile import compile_blocks
 from torchft.training.graphs import Replay
@@ -143,7 +143,7 @@ def plans(
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
                 replays = compiled and device.type == "cuda" and not away and not share and not in_backward
-                replays = replays and shards == 1
+                replays = replays and num_ranks() == 1
                 replays = replays and (adapters or gradients == "added")
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
