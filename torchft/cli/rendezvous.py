@@ -18,6 +18,8 @@ PORT = 29500  # torchrun's default
 
 def check_rendezvous(options: Mapping[str, str]) -> None:
     """UserError if ``options``, torchrun's by name, say to meet where nobody can. Within WAIT_S + ANSWER_S seconds."""
+    if "standalone" in options:
+        return  # torchrun then meets on a free port of this machine, whatever else is said
     conf = dict(pair.split("=", 1) for pair in options.get("rdzv-conf", "").split(",") if "=" in pair)
     wait_s = float(conf.get("read_timeout", WAIT_S))
     if "rdzv-endpoint" in options and options.get("rdzv-backend", "c10d") == "c10d":
@@ -25,7 +27,7 @@ def check_rendezvous(options: Mapping[str, str]) -> None:
         if not host:
             host, port = options["rdzv-endpoint"], str(PORT)
         _reach(host.strip("[]"), port, "--rdzv-endpoint", is_first=None, wait_s=wait_s)
-    elif ("master-addr" in options or "master-port" in options) and "standalone" not in options:
+    elif "master-addr" in options or "master-port" in options:
         host, port = options.get("master-addr", "127.0.0.1"), options.get("master-port", str(PORT))
         _reach(host, port, "--master-addr", is_first=options.get("node-rank", "0") == "0", wait_s=wait_s)
 

@@ -61,7 +61,7 @@ LLAMA3_TYPE = {"rope_type": "llama3"}
 BAD = {
     "unknown_architecture": (
         {"architectures": ["LlamaForCausalML"]},
-        r"does not train; the nearest is LlamaForCausalLM. It trains Cohere2ForCausalLM, ",
+        r"does not train; the nearest is LlamaForCausalLM. It trains BertModel, Cohere2ForCausalLM, ",
     ),
     "two_architectures": ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
     "architectures_not_a_list": ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM"),

@@ -176,9 +176,9 @@ def _replaying(model):
 def test_bounds_leave_room_and_never_shrink():
     before = Recorded.__new__(Recorded)
     before.bounds = (20, 100)
-    assert _bounds((8, 64), None, tokens=torch.Size((2, 256))) == (10, 80)
-    assert _bounds((8, 128), before, tokens=torch.Size((2, 256))) == (20, 160)
-    assert _bounds((500, 250), before, tokens=torch.Size((2, 256))) == (512, 256)
+    assert _bounds((8, 64), None, tokens=torch.Size((2, 256)))[:2] == (10, 80)
+    assert _bounds((8, 128), before, tokens=torch.Size((2, 256)))[:2] == (20, 160)
+    assert _bounds((500, 250), before, tokens=torch.Size((2, 256)))[:2] == (512, 256)
     assert before.holds((20, 100)) and not before.holds((21, 100)) and not before.holds((1, 101))
     assert not before.holds(None)
 
