@@ -114,7 +114,10 @@ class Samples:
 
     def extend(self, other: "Samples", part: Part) -> None:
         """Append all samples of another data set as a part of this one. UserError if they are of another kind."""
-        if len(self) and (self.num_documents, self.num_targets) != (other.num_documents, other.num_targets):
+        kinds = [
+            (samples.are_pairs, samples.num_documents, samples.num_targets) for samples in (self, other) if samples
+        ]
+        if len(set(kinds)) > 1:
             raise UserError(
                 f"datasets: {part.name} holds another kind of samples than those before it; do not mix them"
             )
@@ -156,8 +159,8 @@ class Samples:
 
     @property
     def are_pairs(self) -> bool:
-        """Whether each sample is two documents (of a pair the chosen one, then the rejected one) or several."""
-        return any(self.borders)
+        """Whether each sample is two documents that are compared: the chosen one, then the rejected one."""
+        return bool(self.borders) and self.borders[0] > 0
 
     def documents(self, index: int) -> list[slice]:
         """The places in ``tokens`` of sample ``index``'s documents."""

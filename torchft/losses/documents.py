@@ -36,9 +36,8 @@ def desensitised(
     shared[pairs] = lengths[pairs].amin(1, keepdim=True).expand(-1, 2)
     document = run_starts(positions).flatten().cumsum(0) - 1  # [b * s], of each token
     seen = (labels != IGNORE).flatten().cumsum(0)  # tokens with a label up to this one, over all documents
-    before = (
-        seen[document_starts(positions, count)] - (labels.flatten()[document_starts(positions, count)] != IGNORE).long()
-    )
+    starts = document_starts(positions, count)
+    before = seen[starts] - (labels.flatten()[starts] != IGNORE).long()
     is_shared = seen - before[document] <= shared[document]
     return torch.where(is_shared.view_as(logps), logps, alpha * logps)
 

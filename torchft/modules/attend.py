@@ -46,9 +46,8 @@ def attend(
         ]
         return torch.cat(parts, dim=1)
     kernel = "flash" if sinks is not None else seen.kernel
-    return fused_attention(q, k, v, kernel, scale, seen.window, seen.cu_seqlens, None, seen.sizes, sinks, seen.causal)[
-        0
-    ]
+    documents = (seen.cu_seqlens, None, seen.sizes)
+    return fused_attention(q, k, v, kernel, scale, seen.window, *documents, sinks, seen.causal)[0]
 
 
 def _dense(

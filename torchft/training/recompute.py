@@ -162,15 +162,15 @@ def plans(
     if not automatic:
         why = "CPUs need no choice" if recompute == "auto" else f"recompute: {recompute}"
         found = [replace(found[0], reason=f"{found[0]} ({why})")]
+    available = 0  # CPUs never gather once by themselves
     if device.type == "cuda":
         available = min(gather(available_bytes(model, device) if limit is None else limit))
-        found = choose(found, available=available, keep=keep) if automatic else found
-    else:
-        available = 0
-    if shards > 1:
-        whole = sum(stored_bytes(p) for p in model.parameters()) * (shards - 1) // shards
-        found = [_gathering(plan, plan.memory.total + whole <= SURELY_FITS * available, reshard) for plan in found]
-    return found
+    if automatic:
+        found = choose(found, available=available, keep=keep)
+    if shards == 1:
+        return found
+    whole = sum(stored_bytes(p) for p in model.parameters()) * (shards - 1) // shards
+    return [_gathering(plan, plan.memory.total + whole <= SURELY_FITS * available, reshard) for plan in found]
 
 
 def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | None = None) -> list[Plan]:
