@@ -94,7 +94,7 @@ def block(c: DecoderConfig, i: int) -> Block:
 def _experts(c: Llama4Config) -> MoE:
     router = SigmoidRouter(c.dim, c.num_experts, c.top_k)
     shared = GatedMLP(c.dim, c.hidden_dim)
-    return MoE(router, Experts(c.num_experts, c.dim, c.hidden_dim), shared=shared, weighs_input=True)
+    return MoE(router, Experts(c.num_experts, c.dim, c.hidden_dim, weighs_input=True), shared=shared)
 
 
 def build(c: Llama4Config) -> Decoder:

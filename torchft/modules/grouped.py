@@ -4,6 +4,7 @@ Shapes: t tokens, k experts per token, n = t * k rows, e experts.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 ALIGNED = 8  # bf16 values in 16 bytes
+
+
+class Routes(NamedTuple):
+    """Which rows the experts compute, sorted by expert. Row i is choice ``order[i] % k`` of token ``order[i] // k``."""
+
+    order: Tensor  # [n]: the rows' numbers before sorting, token * k + choice
+    place: Tensor  # [n]: its inverse
+    offsets: Tensor  # [e] int32: expert i has the rows from offsets[i - 1] to offsets[i]
+    experts: Tensor | None  # [n]: of each row; None where rows of other ranks' experts come last
 
 
 class StackedLinear(nn.Module):
@@ -66,18 +76,27 @@ def _one_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.mT, offs=offsets)[:, :out_features]
 
 
-def spread(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+def spread(x: Tensor, routes: Routes) -> Tensor:
     """x [t, d] -> a row for each of a token's k experts, sorted by expert: [n, d].
 
-    ``order`` [n]: the sorted rows' numbers before, token * k + choice; ``place``: its inverse. Unlike plain indexing
-    its gradient needs no atomic additions: same bits in every run.
+    Unlike plain indexing its gradient needs no atomic additions: same bits in every run.
     """
-    return _Spread.apply(x, order, place)
+    return _Spread.apply(x, routes.order, routes.place)
 
 
-def collect(rows: Tensor, order: Tensor, place: Tensor, *, num_tokens: int) -> Tensor:
+def collect(rows: Tensor, routes: Routes, *, num_tokens: int) -> Tensor:
     """Sorted rows [n, d] -> the sum of each token's, [t, d]."""
-    return _Collect.apply(rows, order, place, num_tokens)
+    return _Collect.apply(rows, routes.order, routes.place, num_tokens)
+
+
+def pick(x: Tensor, cells: Tensor) -> Tensor:
+    """Rows [m, r] -> those that ``cells`` [n] names, each at most once: [n, r]. As ``spread``, no atomic additions."""
+    return _Pick.apply(x, cells)
+
+
+def put(rows: Tensor, cells: Tensor, *, num_cells: int) -> Tensor:
+    """What ``pick`` undoes: rows [n, r] -> [num_cells, r], zeros where ``cells`` names no row."""
+    return _Put.apply(rows, cells, num_cells)
 
 
 class _Spread(torch.autograd.Function):
@@ -103,6 +122,31 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         (order,) = ctx.saved_tensors
         return grad[order // (len(order) // len(grad))], None, None, None
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cells: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cells)
+        ctx.num_cells = len(x)
+        return x[cells]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (cells,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_cells, grad.shape[1]).index_put((cells,), grad), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, cells: Tensor, num_cells: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cells)
+        return rows.new_zeros(num_cells, rows.shape[1]).index_put((cells,), rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (cells,) = ctx.saved_tensors
+        return grad[cells], None, None
 
 
 # F.grouped_mm traces in bf16 only (torch 2.11 to 2.13), and is no faster than a loop on a CPU: so, an operator.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchft.modules.grouped import StackedLinear, collect, spread
+from torchft.modules.grouped import Routes, StackedLinear, collect, spread
 from torchft.modules.routers import Router
 from torchft.token_shards import gather, sum_parts
 
@@ -39,7 +39,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """The gated MLPs of all experts: down(act(gate_up(x))), with stacked weights [e, 2 f, d] and [e, d, f]."""
+    """The gated MLPs of all experts: down(act(gate_up(x))), with stacked weights [e, 2 f, d] and [e, d, f].
+
+    ``weighs_input``: what goes into an expert is scaled instead of what comes out (Llama 4).
+    """
 
     def __init__(
         self,
@@ -49,15 +52,21 @@ class Experts(nn.Module):
         *,
         act: Callable[[Tensor], Tensor] = swiglu,
         bias: bool = False,
+        weighs_input: bool = False,
     ) -> None:
         super().__init__()
         self.gate_up_proj = StackedLinear(num_experts, dim, 2 * hidden_dim, bias=bias)
         self.down_proj = StackedLinear(num_experts, hidden_dim, dim, bias=bias)
-        self.act = act
+        self.act, self.weighs_input = act, weighs_input
 
-    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Rows [n, d] -> [n, d], each times its weight [n]; expert i has the rows from offsets[i - 1] to offsets[i]."""
-        return self.down_proj(self.act(self.gate_up_proj(x, offsets)), offsets, weights)
+    def forward(self, x: Tensor, weights: Tensor, routes: Routes) -> Tensor:
+        """The weighted sum of each token's experts: x [t, d], weights [t, k] -> [t, d]."""
+        rows, scale = spread(x, routes), spread(weights.reshape(-1, 1), routes)  # [n, d], [n, 1]
+        if self.weighs_input:
+            rows = self.down_proj(self.act(self.gate_up_proj(rows * scale, routes.offsets)), routes.offsets)
+        else:
+            rows = self.down_proj(self.act(self.gate_up_proj(rows, routes.offsets)), routes.offsets, scale)
+        return collect(rows, routes, num_tokens=len(x))
 
 
 class SharedGate(nn.Module):
@@ -75,8 +84,7 @@ class SharedGate(nn.Module):
 class MoE(nn.Module):
     """Each token's experts, weighted by the router, and the shared experts that all tokens use; [b, s, d] -> [b, s, d].
 
-    ``shared`` is a gated MLP; its output is scaled by a sigmoid if it ``has_shared_gate`` (Qwen). ``weighs_input``:
-    the router scales what goes into an expert instead of what comes out (Llama 4).
+    ``shared`` is a gated MLP; its output is scaled by a sigmoid if it ``has_shared_gate`` (Qwen).
     """
 
     def __init__(
@@ -86,12 +94,10 @@ class MoE(nn.Module):
         *,
         shared: nn.Module | None = None,
         has_shared_gate: bool = False,
-        weighs_input: bool = False,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
         self.shared_gate = SharedGate(router.weight.shape[1]) if has_shared_gate else None
-        self.weighs_input = weighs_input
         self.balance = 0.0  # weight of this layer's load-balancing loss: training/routing.py
         self.shards: ExpertShards | None = None  # other ranks hold other experts: adapters/expert_parallel.py
         self.counts: Tensor | None = None  # [e] int64 to which forward adds the tokens of each expert: likewise
@@ -123,14 +129,11 @@ class MoE(nn.Module):
             x, weights, chosen = shards.of_all(x), shards.of_all(weights), shards.of_all(chosen)
             chosen = (chosen - shards.rank * (num_experts // shards.size)) % num_experts
             num_experts //= shards.size
-        ids, order = chosen.flatten().sort(stable=True)  # [n]
+        experts, order = chosen.flatten().sort(stable=True)  # [n]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # its inverse
-        experts = torch.arange(num_experts, device=x.device)
-        offsets = torch.searchsorted(ids, experts, right=True, out_int32=True)
-        rows = spread(x, order, place)  # [n, d]
-        scale = spread(weights.reshape(-1, 1), order, place)  # [n, 1]
-        rows = self.experts(rows * scale, offsets) if self.weighs_input else self.experts(rows, offsets, scale)
-        out = collect(rows, order, place, num_tokens=len(x))
+        every = torch.arange(num_experts, device=x.device)
+        offsets = torch.searchsorted(experts, every, right=True, out_int32=True)
+        out = self.experts(x, weights, Routes(order, place, offsets, experts if shards is None else None))
         return out if shards is None else shards.sum_own(out)
 
 

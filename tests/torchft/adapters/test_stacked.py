@@ -12,6 +12,7 @@ from tiny import tokens, transformers_model
 
 from torchft import models
 from torchft.adapters.fp8 import FP8Config, apply_fp8
+from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import LoRAConfig, adapters_off, apply_lora, init_adapters, lora_layers, merged_tensor
 from torchft.adapters.nf4 import NF4Config, apply_nf4, quantise
 from torchft.adapters.peft import load_peft, peft_config, save_peft
@@ -63,9 +64,11 @@ def ours_of(base, folder, prepare=lambda model: None):
     return model
 
 
-def trained(base, targets=("q_proj", *EXPERTS), **options):
+def trained(base, targets=("q_proj", *EXPERTS), prepare=None, **options):
     model = models.load(base, dtype=torch.float32)
-    apply_lora(model, LoRAConfig(rank=4, alpha=7.0, targets=list(targets), **options))
+    if prepare:
+        prepare(model)
+    apply_lora(model, LoRAConfig(**{"rank": 4, "alpha": 7.0} | options, targets=list(targets)))
     init_adapters(model, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -286,3 +289,41 @@ def test_bars_see_b_in_another_order(base, tmp_path, family):
                 wrong = layer.lora_b.clone().permute(1, 2, 0).reshape(layer.out_features, layer.num_experts, layer.rank)
                 layer.lora_b.copy_(wrong.permute(1, 0, 2))
     assert violations({"logits": (ours(BATCH), theirs(BATCH).logits)})
+
+
+FUSED = ("mixtral", "qwen3_moe")
+UNFUSED = {name: FAMILIES[name] for name in ("gpt_oss", "llama4_no_norm")}
+
+
+def check_fused(plain, fused):
+    names = list(fused.state_dict())
+    assert fuse_lora(fused) == [f"layers.{i}.mlp.experts" for i in range(len(fused.layers))]
+    assert list(fused.state_dict()) == names
+    got, want = loss_and_gradients(fused), loss_and_gradients(plain)
+    assert violations({name: (got[name], want[name]) for name in want}) == {}
+    with torch.no_grad(), adapters_off(plain), adapters_off(fused):
+        assert torch.equal(fused(BATCH), plain(BATCH))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_nothing_changes_but_the_speed(base, family):
+    check_fused(trained(base), trained(base))
+
+
+@pytest.mark.parametrize("quantise", BASES.values(), ids=BASES)
+def test_fused_on_quantised_experts_nothing_changes_but_the_speed(tmp_path, quantise):
+    transformers_model(**WIDE).save_pretrained(tmp_path / "base")
+    check_fused(*(trained(tmp_path / "base", prepare=quantise) for _ in range(2)))
+
+
+@pytest.mark.parametrize("family", UNFUSED)
+def test_experts_with_another_formula_stay_as_they_are(base):
+    model = trained(base)
+    assert not [name for name in fuse_lora(model) if "experts" in name]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+@pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"rank_pattern": {"down_proj": 2}}, {"rank": 70}, {"rank": 1000}])
+def test_adapters_that_the_kernel_cannot_do_stay_as_they_are(base, lora):
+    model = trained(base, **lora)
+    assert not [name for name in fuse_lora(model) if "experts" in name]

@@ -17,12 +17,12 @@ DIM, HIDDEN, EXPERTS = 16, 12, 8
 
 def layer(kind="plain"):
     torch.manual_seed(0)
-    experts = Experts(EXPERTS, DIM, HIDDEN, bias=kind == "biased")
+    experts = Experts(EXPERTS, DIM, HIDDEN, bias=kind == "biased", weighs_input=kind == "input")
     if kind == "grouped":
         router = GroupedRouter(DIM, EXPERTS, 3, num_groups=4, top_groups=2, scale=2.5)
         made = MoE(router, experts, shared=GatedMLP(DIM, HIDDEN))
     elif kind == "input":
-        made = MoE(SigmoidRouter(DIM, EXPERTS, 1), experts, shared=GatedMLP(DIM, HIDDEN), weighs_input=True)
+        made = MoE(SigmoidRouter(DIM, EXPERTS, 1), experts, shared=GatedMLP(DIM, HIDDEN))
     elif kind == "gated":
         made = MoE(SoftmaxRouter(DIM, EXPERTS, 2), experts, shared=GatedMLP(DIM, HIDDEN), has_shared_gate=True)
     else:
@@ -44,11 +44,11 @@ def by_loop(m, x):
         out = torch.zeros(DIM)
         for weight, e in zip(token_weights, token_experts):
             first, second = m.experts.gate_up_proj, m.experts.down_proj
-            inner = first.weight[e] @ (token * weight if m.weighs_input else token)
+            inner = first.weight[e] @ (token * weight if m.experts.weighs_input else token)
             gate, up = (inner if first.bias is None else inner + first.bias[e]).chunk(2)
             expert = second.weight[e] @ (F.silu(gate) * up)
             expert = expert if second.bias is None else expert + second.bias[e]
-            out = out + (expert if m.weighs_input else weight * expert)
+            out = out + (expert if m.experts.weighs_input else weight * expert)
         if m.shared is not None:
             out = out + m.shared(token) * (1.0 if m.shared_gate is None else m.shared_gate(token))
         rows.append(out)
@@ -76,7 +76,7 @@ def test_equals_a_loop_over_tokens(kind):
 def test_bars_see_rows_of_another_expert(monkeypatch):
     m, x = layer(), torch.randn(2, 9, DIM)
     spread = moe.spread
-    monkeypatch.setattr(moe, "spread", lambda x, order, place: spread(x, order.roll(1), place))
+    monkeypatch.setattr(moe, "spread", lambda x, routes: spread(x, routes._replace(order=routes.order.roll(1))))
     assert violations(pairs(all_of(m, m, x), all_of(m, lambda x: by_loop(m, x), x)))
 
 
