@@ -23,12 +23,14 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "dequantise": FOUNDATION | {"weights"},
     "hub": FOUNDATION | {"dequantise", "hub_names", "modules", "weights", "staging"},
     "hub_names": FOUNDATION,
+    "quantise": FOUNDATION | {"adapters", "dequantise", "hub", "hub_names", "models", "weights"},
     "tokenizers": FOUNDATION,
     "export": FOUNDATION | {"modules", "hub", "adapters", "tokenizers"},
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},
     "data": FOUNDATION | {"losses", "tokenizers"},
     "training": FOUNDATION | {"modules", "losses", "weights", "adapters", "data"},
-    "generation": FOUNDATION | {"modules", "tokenizers", "models", "adapters", "hub", "losses"},
+    "generation": FOUNDATION
+    | {"modules", "tokenizers", "models", "adapters", "hub", "hub_names", "dequantise", "losses"},
     "rl": FOUNDATION
     | {"data", "generation", "losses", "modules", "tokenizers", "training", "adapters", "models", "hub"},
     "cli": FOUNDATION | {"vocabulary", "data", "generation", "modules", "tokenizers", "training"},

@@ -1,7 +1,9 @@
-"""Weight files whose matrices come in few bits, read as if they did not: blocks of FP8 (DeepSeek V3, Kimi K2) and MXFP4
-(gpt-oss, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
+"""Weight files whose matrices come in few bits, read as if they did not: blocks of FP8 (DeepSeek V3, Kimi K2), MXFP4
+(gpt-oss, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), and what torchao
+writes (quantise.py).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,14 @@ from torchft.weights import WeightFiles
 FP8_BLOCK = 128  # rows and columns of a matrix that share a scale
 MXFP4_BLOCK = 32  # consecutive weights of a row that share an exponent
 SCALE, BLOCKS, EXPONENTS = "_scale_inv", "_blocks", "_scales"  # ends of the names of what is stored
+QDATA = "._weight_qdata"  # and of torchao's codes of a weight
+TORCHAO = {  # tensors of torchao's that hold one code in each element, and what says that inputs are rounded too
+    "IntxUnpackedToInt8Tensor": "activation_quantization",
+    "Int8Tensor": "act_quant_kwargs",
+    "Float8Tensor": "act_quant_kwargs",
+}
+INPUTS = {"IntxUnpackedToInt8Tensor": "int8", "Float8Tensor": "fp8"}  # to what: adapters/qat.py
+DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -21,7 +31,7 @@ def check_readable(quantised: Any, folder: Path) -> None:
     """UserError unless a config.json's ``quantization_config`` is one that is dequantised here."""
     fields = quantised if isinstance(quantised, dict) else {"quant_method": quantised}
     kind = fields.get("quant_method", "unknown")
-    if kind == "mxfp4" or (kind == "fp8" and fields.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]):
+    if kind in ("mxfp4", "torchao") or (kind == "fp8" and fields.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]):
         return
     raise UserError(
         f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
@@ -32,6 +42,8 @@ def check_readable(quantised: Any, folder: Path) -> None:
 def open_weights(folder: Path) -> WeightFiles:
     """The tensors of a checkpoint folder, of quantised ones their values."""
     files = WeightFiles(folder)
+    if any(name.endswith(QDATA) for name in files.names()):
+        return TorchaoFiles(folder)
     return DequantisedFiles(folder) if any(name.endswith((SCALE, BLOCKS)) for name in files.names()) else files
 
 
@@ -95,3 +107,58 @@ class DequantisedFiles(WeightFiles):
 
 def _exponents(blocks: str) -> str:
     return blocks.removesuffix(BLOCKS) + EXPONENTS
+
+
+class TorchaoFiles(WeightFiles):
+    """A quantised tensor has the name, shape, dtype and values that it would have if it were not.
+
+    Raises UserError for kinds of tensors that are not read here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        stored, about = super().names(), self.metadata()
+        self._kinds: dict[str, dict[str, Any]] = {}  # name of a quantised weight -> what torchao says of it
+        self._about = about
+        for name in (f"{part.removesuffix(QDATA)}.weight" for part in stored if part.endswith(QDATA)):
+            try:
+                described = json.loads(about[name])
+                kind, dtype = described["_type"], described["_data"]["dtype"]["_data"]
+            except (KeyError, TypeError, ValueError):
+                kind, dtype, described = "unknown", "bfloat16", {}
+            if kind not in TORCHAO or dtype not in DTYPES:
+                raise UserError(
+                    f"{folder}: {name} is torchao's {kind} in {dtype}, which torchft does not read (it reads "
+                    f"{', '.join(TORCHAO)}): use transformers or vLLM, or the checkpoint that it was made of"
+                )
+            self._kinds[name] = described
+
+    def names(self) -> set[str]:
+        parts = {name for name in super().names() if name.rpartition(".")[2].startswith("_weight_")}
+        return super().names() - parts | set(self._kinds)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return super().shape(name.removesuffix(".weight") + QDATA if name in self._kinds else name)
+
+    def dtype(self, name: str) -> str:
+        return DTYPES[self._kinds[name]["_data"]["dtype"]["_data"]] if name in self._kinds else super().dtype(name)
+
+    def read(self, name: str, *region: slice) -> Tensor:
+        if name not in self._kinds:
+            return super().read(name, *region)
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict  # slow to import
+
+        parts = (f"{name.removesuffix('weight')}_weight_{part}" for part in self._kinds[name]["_tensor_data_names"])
+        tensors = {part: super(TorchaoFiles, self).read(part) for part in parts}
+        about = {name: self._about[name], "tensor_names": json.dumps([name])}
+        quantised, _ = unflatten_tensor_state_dict(tensors, about)
+        values: Tensor = quantised[name].dequantize()
+        return values[region] if region else values
+
+    def inputs(self) -> dict[str, str]:
+        """The weights whose inputs are rounded too, and to what: "int8" or "fp8"."""
+        rounded = {n: d["_type"] for n, d in self._kinds.items() if d["_data"].get(TORCHAO[d["_type"]])}
+        return {name: INPUTS[kind] for name, kind in rounded.items()}

@@ -79,6 +79,13 @@ class WeightFiles:
         """As the file spells it: BF16, F32, I8 ..."""
         return str(self._slice(name).get_dtype())
 
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the files say besides the tensors."""
+        found: dict[str, str] = {}
+        for opened in dict(self._where.values()).values():
+            found |= opened.metadata() or {}
+        return found
+
     def read(self, name: str, *region: slice) -> Tensor:
         """One tensor, or of its first dimensions these slices, on the CPU in its own dtype; only that is read."""
         stored = self._stored[name]
@@ -122,11 +129,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, metadata: Mapping[st
 
 
 def write_shards(
-    folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensor: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``model.safetensors``, or numbered shards and their index; ``sizes`` gives each name's bytes, in order.
 
-    ``tensor(name)`` is called when its shard is written, so that one shard at a time is in memory.
+    ``tensor(name)`` is called when its shard is written, so that one shard at a time is in memory. ``metadata`` goes
+    into the header of each.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -139,7 +152,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_tensors({name: tensor(name).contiguous() for name in names}, folder / file)
+        save_tensors({name: tensor(name).contiguous() for name in names}, folder / file, metadata=metadata)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -86,7 +86,7 @@ class LoRALinear(nn.Linear):
             projected = F.linear(dropped, self.weight)
         else:
             projected = out if self.bias is None else out - self.bias
-        lengths = _lengths(self._rows(), self.row_group)
+        lengths = row_lengths(self._rows(), self.row_group)
         scale = self.lora_magnitude / lengths  # [out]; the lengths are a constant to autograd
         return out + (scale - 1).to(x.dtype) * projected + scale.to(x.dtype) * update
 
@@ -112,7 +112,7 @@ class LoRALinear(nn.Linear):
         copy_part(self.lora_a, nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
         local(self.lora_b).zero_()
         if self.lora_magnitude is not None:
-            copy_part(self.lora_magnitude, _lengths(self._rows()))
+            copy_part(self.lora_magnitude, row_lengths(self._rows()))
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -122,7 +122,7 @@ class LoRALinear(nn.Linear):
         """
         rows = self._rows()
         if self.lora_magnitude is not None:
-            rows = rows * (whole(self.lora_magnitude) / _lengths(rows)).unsqueeze(1)
+            rows = rows * (whole(self.lora_magnitude) / row_lengths(rows)).unsqueeze(1)
         return rows.to(dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -218,7 +218,7 @@ def merged_tensor(model: nn.Module, name: str, dtype: torch.dtype | None = None)
     return parameter.to(dtype or parameter.dtype)
 
 
-def _lengths(rows: Tensor, group: str | None = None) -> Tensor:
+def row_lengths(rows: Tensor, group: str | None = None) -> Tensor:
     """Euclidean length of each row, [out] fp32, never 0, so that a row of zeros stays zero instead of NaN.
 
     ``group``: ranks that hold a part of each row.

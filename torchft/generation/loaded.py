@@ -10,7 +10,11 @@ from torchft.adapters.fused import fuse_lora
 from torchft.adapters.lora import apply_lora
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.peft import load_peft, peft_config
+from torchft.adapters.qat import round_inputs
+from torchft.dequantise import TorchaoFiles, open_weights
+from torchft.errors import UserError
 from torchft.generation.engine import Engine
+from torchft.hub_names import pieces
 from torchft.modules.decoder import Decoder
 from torchft.tokenizers.tokenizer import Tokenizer
 
@@ -27,7 +31,8 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer.
 
-    ``nf4``, ``fp8``: the weights are kept in that format.
+    ``nf4``, ``fp8``: the weights are kept in that format. Of a quantised folder the model has the values of its weights
+    in ``dtype``, and rounds its inputs where the folder is for that.
     """
     model = models.build(models.config_json(checkpoint_dir)).to(dtype)
     if nf4:
@@ -40,6 +45,13 @@ def load(
         fuse_lora(model)
     model.to_empty(device=device)
     hub.load_weights(model, checkpoint_dir)
+    if inputs := _rounded_inputs(model, checkpoint_dir):
+        if nf4 or fp8 or adapter:
+            raise UserError(
+                f"{checkpoint_dir} is quantised with its inputs: it takes no adapter, nf4 or fp8; use the checkpoint "
+                "that it was made of"
+            )
+        round_inputs(model, inputs)
     if adapter is not None:
         load_peft(model, adapter, hub_name=names.peft_name, fused=names.fused, swaps=names.peft_swaps)
     return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
@@ -55,3 +67,13 @@ def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int
         vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
         decode=tokenizer.decode,
     )
+
+
+def _rounded_inputs(model: Decoder, folder: Path) -> dict[str, str]:
+    """The linear layers whose inputs are rounded too in a quantised folder, and to what: "int8" or "fp8"."""
+    files = open_weights(folder)
+    inputs = files.inputs() if isinstance(files, TorchaoFiles) else {}
+    if not inputs:
+        return {}
+    own = pieces(hub.base_parameters(model), hub.hub_format(model).names)
+    return {piece.name.removesuffix(".weight"): inputs[piece.hub] for piece in own if piece.hub in inputs}
