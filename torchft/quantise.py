@@ -19,8 +19,11 @@ from torchft.adapters.formats import torchao_config, unfit
 from torchft.adapters.targets import ALL_LINEAR, find_linears
 from torchft.dequantise import open_weights
 from torchft.errors import UserError
-from torchft.hub import base_parameters, hub_format
+from torchft.files import new_folder
+from torchft.hub import base_parameters, hub_format, save_side_files
 from torchft.hub_names import pieces
+from torchft.tokenizers.export import save_tokenizer
+from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.weights import WeightFiles, write_shards
 
 
@@ -42,6 +45,17 @@ class Layers:
     chosen: set[str]
     left: set[str]
     keep_dtype: set[str]
+
+
+def save_quantised(
+    source: Path, folder: Path, how: Quantisation, tokenizer: Tokenizer, *, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """`quantise_folder`, with all else that a Hub folder has; ``folder`` is written whole or not at all."""
+    with new_folder(folder) as new:
+        names = quantise_folder(source, new, how, device=device, dtype=dtype)
+        save_side_files(source, new, stop_ids=tokenizer.stop_ids)
+        save_tokenizer(tokenizer, new)
+    return names
 
 
 def quantise_folder(

@@ -51,7 +51,7 @@ def torchao_config(format: str, *, group_size: int, search_scales: bool = False)
             group = PerGroup(group_size)
             return Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=group, **how)
         case "int8":
-            return Int8WeightOnlyConfig()
+            return Int8WeightOnlyConfig(version=2)  # torchao 0.17 still makes version 1 of it
         case "fp8":
             return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
         case "fp8_weight":
