@@ -23,7 +23,7 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "dequantise": FOUNDATION | {"weights"},
     "hub": FOUNDATION | {"dequantise", "hub_names", "modules", "weights", "staging"},
     "hub_names": FOUNDATION,
-    "quantise": FOUNDATION | {"adapters", "dequantise", "hub", "hub_names", "models", "weights"},
+    "quantise": FOUNDATION | {"adapters", "dequantise", "hub", "hub_names", "models", "tokenizers", "weights"},
     "tokenizers": FOUNDATION,
     "export": FOUNDATION | {"modules", "hub", "adapters", "tokenizers"},
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},

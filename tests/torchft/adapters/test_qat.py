@@ -7,7 +7,10 @@ import tiny
 import torch
 from oracles import mean_nll
 from torch import nn
+from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig as Preparation
 
+from torchft.adapters.formats import torchao_config
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, lora_layers
 from torchft.adapters.qat import QATConfig, QATLinear, QATLoRALinear, apply_qat, round_inputs, set_rounding
 from torchft.errors import UserError
@@ -80,6 +83,33 @@ def test_values_are_the_closed_form_and_gradients_straight_through(format, group
     assert (rounded_w - weight).abs().max() > 0.01 * weight.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["int4", "int8_int4"])
+def test_torchaos_layer_computes_and_learns_the_same(format, dtype):
+    """Outputs bit for bit; gradients but at the ends of a range, where torchao adds the gradient of its scale."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(64, 24, bias=False, dtype=dtype))
+    ours = prepared(QATConfig(format=format, group_size=16), copy.deepcopy(theirs[0]), dtype)
+    base = torchao_config(format, group_size=16)
+    quantize_(theirs, Preparation(base, step="prepare"))
+    grad, inputs = torch.randn(5, 24, dtype=dtype), torch.randn(5, 64, dtype=dtype)
+    out, x_grads = {}, {}
+    for who, model in {"ours": ours, "theirs": theirs}.items():
+        x = inputs.clone().requires_grad_()
+        out[who] = model(x)
+        out[who].backward(grad)
+        x_grads[who] = x.grad
+    assert torch.equal(out["ours"], out["theirs"])
+    groups = ours[0].weight.detach().unflatten(1, (-1, 16)).abs()
+    inner = (groups < 0.99 * groups.amax(-1, keepdim=True)).flatten(1)  # not clipped in bf16 either
+    assert inner.sum() > 24 * 4 * 14
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(ours[0].weight.grad[inner], theirs[0].weight.grad[inner], **close)
+    assert (ours[0].weight.grad - theirs[0].weight.grad)[~inner].abs().max() > 0.1
+    within = (inputs > inputs.amin(1, keepdim=True)) & (inputs < inputs.amax(1, keepdim=True))
+    torch.testing.assert_close(x_grads["ours"][within], x_grads["theirs"][within], **close)
+
+
 def test_inputs_are_rounded_as_a_quantised_folder_wants():
     torch.manual_seed(0)
     x = torch.randn(3, 7, 48)
@@ -91,13 +121,14 @@ def test_inputs_are_rounded_as_a_quantised_folder_wants():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapted_layer_rounds_its_merged_weight(dora):
+@pytest.mark.parametrize("format", ["int4", "int8_int4"])
+def test_an_adapted_layer_rounds_its_merged_weight(format, dora):
     """Value, and gradients of A and B, of the one weight that a quantised checkpoint has; switched off, the base's."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 24))
     apply_lora(model, LoRAConfig(rank=4, alpha=8.0, dora=dora))
     init_adapters(model)
-    apply_qat(model, QATConfig(group_size=16), device=CPU, dtype=torch.float32)
+    apply_qat(model, QATConfig(format=format, group_size=16), device=CPU, dtype=torch.float32)
     layer = model[0]
     assert isinstance(layer, QATLoRALinear) and list(lora_layers(model)) == ["0"]
     nn.init.normal_(layer.lora_b, std=0.3)
@@ -113,16 +144,16 @@ def test_an_adapted_layer_rounds_its_merged_weight(dora):
     merged = rows
     if dora:
         merged = rows * (layer.lora_magnitude.detach().double() / rows.detach().norm(dim=1)).unsqueeze(1)
-    quantised = int4(merged.detach(), 16)
-    torch.testing.assert_close(out.double(), x.double() @ quantised.t() + layer.bias, rtol=1e-5, atol=1e-5)
-    merged.backward(grad.double().t() @ x.double())
+    rounded_x, quantised = forms(format, x, merged.detach(), 16)
+    torch.testing.assert_close(out.double(), rounded_x @ quantised.t() + layer.bias, rtol=1e-5, atol=1e-5)
+    merged.backward(grad.double().t() @ rounded_x)
     torch.testing.assert_close(layer.lora_a.grad.double(), a.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.lora_b.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
     assert layer.weight.grad is None
     assert torch.equal(layer.merged(), layer.merged_weight())
     layer.enabled = False
     layer.weight.data = with_positive_largest(base, 16)
-    want = x.double() @ int4(layer.weight, 16).t() + layer.bias
+    want = rounded_x @ int4(layer.weight, 16).t() + layer.bias
     torch.testing.assert_close(model(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
