@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from torchft.kernels.rows import collect_rows, spread_rows
+
 ALIGNED = 8  # bf16 values in 16 bytes
 
 
@@ -77,51 +79,23 @@ def _one_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def spread(x: Tensor, routes: Routes) -> Tensor:
-    """x [t, d] -> a row for each of a token's k experts, sorted by expert: [n, d].
-
-    Unlike plain indexing its gradient needs no atomic additions: same bits in every run.
-    """
-    return _Spread.apply(x, routes.order, routes.place)
+    """x [t, d] -> a row for each of a token's k experts, sorted by expert: [n, d]."""
+    return spread_rows(x, routes.place)
 
 
 def collect(rows: Tensor, routes: Routes, *, num_tokens: int) -> Tensor:
     """Sorted rows [n, d] -> the sum of each token's, [t, d]."""
-    return _Collect.apply(rows, routes.order, routes.place, num_tokens)
+    return collect_rows(rows, routes.place, num_tokens)
 
 
 def pick(x: Tensor, cells: Tensor) -> Tensor:
-    """Rows [m, r] -> those that ``cells`` [n] names, each at most once: [n, r]. As ``spread``, no atomic additions."""
+    """Rows [m, r] -> those that ``cells`` [n] names, each at most once: [n, r]. Without atomic additions."""
     return _Pick.apply(x, cells)
 
 
 def put(rows: Tensor, cells: Tensor, *, num_cells: int) -> Tensor:
     """What ``pick`` undoes: rows [n, r] -> [num_cells, r], zeros where ``cells`` names no row."""
     return _Put.apply(rows, cells, num_cells)
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, place: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # no public type
-        ctx.save_for_backward(place)
-        ctx.num_tokens = len(x)
-        return x[order // (len(order) // len(x))]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (place,) = ctx.saved_tensors
-        return grad[place].view(ctx.num_tokens, -1, grad.shape[-1]).sum(1), None, None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, place: Tensor, num_tokens: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(order)
-        return rows[place].view(num_tokens, -1, rows.shape[-1]).sum(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
-        (order,) = ctx.saved_tensors
-        return grad[order // (len(order) // len(grad))], None, None, None
 
 
 class _Pick(torch.autograd.Function):

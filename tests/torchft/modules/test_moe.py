@@ -76,7 +76,7 @@ def test_equals_a_loop_over_tokens(kind):
 def test_bars_see_rows_of_another_expert(monkeypatch):
     m, x = layer(), torch.randn(2, 9, DIM)
     spread = moe.spread
-    monkeypatch.setattr(moe, "spread", lambda x, routes: spread(x, routes._replace(order=routes.order.roll(1))))
+    monkeypatch.setattr(moe, "spread", lambda x, routes: spread(x, routes._replace(place=routes.place.roll(1))))
     assert violations(pairs(all_of(m, m, x), all_of(m, lambda x: by_loop(m, x), x)))
 
 
