@@ -33,8 +33,9 @@ configs; a test holds it current. Any other size of a family loads too: its numb
 **Parity** is measured in fp32 against transformers with tiny random models of the family's every variant, on documents
 that are longer than windows and old contexts: the largest difference of a logit, and the largest relative L2 distance
 of a parameter's gradient. The suite's bars are 1e-4 and 1e-5. **Chat** says what the released template renders, which
-is what is trained on; `chat_format:` where there is a native one. Recipes are the same for all: full fine-tuning, LoRA,
-QLoRA and what else `tune ls` lists; **configs** are those that ship for the sizes that people tune.
+is what is trained on; "exact" where a format of our own renders just that, and its name where `chat_format:` takes it.
+Recipes are the same for all: full fine-tuning, LoRA, QLoRA and what else `tune ls` lists; **configs** are those that
+ship for the sizes that people tune.
 """
 TEMPLATES = {  # of families whose released template trl ships
     "command_r7b": "cohere2", "deepseek_v3": "deepseekv3", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma3",
@@ -85,11 +86,14 @@ def context(family: str) -> str:
 
 def chat(family: str) -> str:
     """What the released template takes, seen by rendering; and the native format's name."""
-    native = f"torchft.models.{family}.chat" in registry.names("chat_format")
-    words = [f"`{family}`"] if native else []
-    if (name := TEMPLATES.get(family)) is None:
+    native = [n for n in registry.names("chat_format") if n.startswith(f"torchft.models.{family}.")]
+    words = [f"`{family}`" if any(n.endswith(".chat") for n in native) else "exact"] if native else []
+    source = (
+        template(TEMPLATES[family]) if family in TEMPLATES else getattr(models.FAMILIES[family], "CHAT_TEMPLATE", None)
+    )
+    if source is None:
         return ", ".join(words or ["the checkpoint's template"])
-    chat = TemplateChat({"default": template(name)}, name, {"bos_token": "", "eos_token": ""}, AddedTokens([]))
+    chat = TemplateChat({"default": source}, family, {"bos_token": "", "eos_token": ""}, AddedTokens([]))
     answer = {"role": "assistant", "content": "B"}
     thought = answer | {"reasoning_content": "THOUGHT", "thinking": "THOUGHT"}
     tool = {"type": "function", "function": {"name": "NAME", "description": "D", "parameters": {"type": "object"}}}
@@ -143,8 +147,8 @@ def measured_of(text: str) -> dict[str, str]:
 
 def main() -> None:
     found = parity()
-    as_llama = {name: "as llama3" for name in models.FAMILIES if name not in found}
-    PAGE.write_text(page({n: f"{logits:.0e}, {grads:.0e}" for n, (logits, grads) in found.items()} | as_llama))
+    same = {n: f"as {family.build.__module__.rpartition('.')[2]}" for n, family in models.FAMILIES.items()}
+    PAGE.write_text(page(same | {n: f"{logits:.0e}, {grads:.0e}" for n, (logits, grads) in found.items()}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import transformers
 import trl
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from torchft.tokenizers import bpe
+from torchft.tokenizers import bpe, load
 
 transformers.logging.set_verbosity_error()
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -157,6 +157,13 @@ def byte_level(
         )
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return tokenizer
+
+
+def pair(folder, source, special, markup, eos, bos=None, **options):
+    """(our tokenizer, transformers' one) of a checkpoint with this chat template."""
+    write(folder, tokenizer_config={"bos_token": bos, "eos_token": eos}, chat_template=source)
+    byte_level(bpe.PATTERNS["Llama 3"], special=special, markup=markup).save(str(folder / "tokenizer.json"))
+    return load(folder, **options), hub(folder)
 
 
 def train_sentencepiece(folder: Path) -> None:

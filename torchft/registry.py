@@ -93,10 +93,13 @@ COMPONENTS: dict[str, str] = {
     "torchft.training.loggers.WandB": "metric_logger",
     "torchft.models.deepseek_v3.chat": "chat_format",
     "torchft.models.glm4_moe.chat": "chat_format",
+    "torchft.models.gpt_oss.harmony": "chat_format",
+    "torchft.models.kimi_k2.chat": "chat_format",
     "torchft.models.llama2.chat": "chat_format",
     "torchft.models.llama3.chat": "chat_format",
     "torchft.models.llama3.chat_3_1": "chat_format",
     "torchft.models.llama3.chat_3_2": "chat_format",
+    "torchft.models.llama4.chat": "chat_format",
     "torchft.models.qwen3.chat": "chat_format",
 }
 

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001  DeepSeek's tokens are written so
-"""DeepSeek V3, its later releases and R1; Kimi K2 and Moonlight: latent attention, and many experts chosen by corrected
+"""DeepSeek V3, its later releases and R1: latent attention, and many experts chosen by corrected
 sigmoids from some of their groups. Weights in blocks of FP8 are dequantised when they are read.
 
-Paper: https://arxiv.org/abs/2412.19437. Weights: https://huggingface.co/deepseek-ai, https://huggingface.co/moonshotai
+Paper: https://arxiv.org/abs/2412.19437. Weights: https://huggingface.co/deepseek-ai
 """
 
 import json
@@ -41,7 +41,7 @@ class DeepseekV3Config(Glm4MoEConfig):
         return self.rope.rotary_dim(self.head_dim)
 
 
-def _size(
+def size(
     vocab: int, dim: int, num_layers: int, num_heads: int, hidden_dim: int, num_experts: int, expert_dim: int,
     num_dense: int, expert_scale: float, context: int, rope: Rope, **more: Any,
 ) -> DeepseekV3Config:  # fmt: skip
@@ -52,29 +52,20 @@ def _size(
     )  # fmt: skip
 
 
-def _yarn(base: float, factor: float, fast: float) -> YarnRope:
+def yarn(base: float, factor: float, fast: float) -> YarnRope:
     return YarnRope(
         base=base, partial=1 / 3, factor=factor, original_max_seq_len=4096, fast=fast, slow=1.0, attention_factor=1.0
     )
 
 
 MSCALES: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 1.0}
-_V3 = _size(
-    129_280, 7168, 61, 128, 18_432, 256, 2048, 3, 2.5, 163_840, _yarn(1e4, 40.0, 32.0), num_groups=8, top_groups=4,
+_V3 = size(
+    129_280, 7168, 61, 128, 18_432, 256, 2048, 3, 2.5, 163_840, yarn(1e4, 40.0, 32.0), num_groups=8, top_groups=4,
     **MSCALES,
-)  # fmt: skip
-_K2_SIZES = (163_840, 7168, 61, 64, 18_432, 384, 2048, 1, 2.827)
-_K2 = _size(*_K2_SIZES, 131_072, _yarn(5e4, 32.0, 1.0), **MSCALES)
-_MOONLIGHT = _size(
-    163_840, 2048, 27, 16, 11_264, 64, 1408, 1, 2.446, 8_192, Rope(base=5e4, partial=1 / 3), top_k=6, num_shared=2,
-    query_latent=None,
 )  # fmt: skip
 CONFIGS = {
     **dict.fromkeys([f"DeepSeek-{name}" for name in ("V3-Base", "V3", "V3-0324", "R1", "R1-0528")], _V3),
     **dict.fromkeys(["DeepSeek-V3.1-Base", "DeepSeek-V3.1"], _V3),
-    **dict.fromkeys(["Kimi-K2-Base", "Kimi-K2-Instruct"], _K2),
-    "Kimi-K2-Instruct-0905": _size(*_K2_SIZES, 262_144, _yarn(5e4, 64.0, 1.0), **MSCALES),
-    **dict.fromkeys(["Moonlight-16B-A3B", "Moonlight-16B-A3B-Instruct"], replace(_MOONLIGHT, norm_eps=1e-5)),
 }
 
 

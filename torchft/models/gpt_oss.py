@@ -4,13 +4,17 @@ gated units are clamped. Their weights come in MXFP4 and are dequantised when th
 Paper: https://arxiv.org/abs/2508.10925. Weights: https://huggingface.co/openai
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchft.errors import UserError
 from torchft.hub_names import HubNames
 from torchft.models import llama3
 from torchft.models.config_json import field, one_of, sizes, sizes_to_hub, windows, windows_to_hub
@@ -22,6 +26,8 @@ from torchft.modules.moe import Experts, MoE
 from torchft.modules.norms import RMSNorm
 from torchft.modules.rope import YarnRope
 from torchft.modules.routers import ChosenSoftmaxRouter
+from torchft.tokenizers.chat import REASONING, Message, Segment, join_parts
+from torchft.tokenizers.harmony_tools import BUILTIN_TOOLS, namespace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +122,86 @@ def to_hub(c: GptOssConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         **rope_to_hub(c.rope),
     }
+
+
+# Chat: harmony (https://github.com/openai/harmony), as the released template renders it. An answer may be several
+# messages: reasoning on the channel analysis, then a call on commentary, or final. Reasoning is forgotten once the
+# question is answered: rendered is that of the conversation's last answer, and of calls that none follows.
+
+
+def harmony(
+    messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False,
+    model_identity: str = "You are ChatGPT, a large language model trained by OpenAI.",
+    reasoning_effort: str = "medium", builtin_tools: Sequence[str] = (), date_string: str | None = None,
+) -> list[Segment]:  # fmt: skip
+    """gpt-oss's format. The system turn holds today's date: give ``date_string`` where runs must repeat exactly.
+
+    Learned is what the model writes behind ``<|start|>assistant``, later headers of the same answer included.
+    ``builtin_tools``: of OpenAI's own, "browser" and "python".
+    """
+    builtin = "".join(text for name, text in BUILTIN_TOOLS.items() if name in builtin_tools)
+    heading = "# Tools\n\n" if builtin_tools else ""
+    system = (
+        f"{model_identity}\nKnowledge cutoff: 2024-06\nCurrent date: {date_string or f'{datetime.now():%Y-%m-%d}'}\n\n"
+        f"Reasoning: {reasoning_effort}\n\n{heading}{builtin}"
+        "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+    )
+    if tools:
+        system += "\nCalls to these tools must go to the commentary channel: 'functions'."
+    has_developer = messages[0]["role"] in ("system", "developer")
+    instructions = join_parts(messages[0]["content"], 0) if has_developer else ""
+    developer = f"# Instructions\n\n{instructions}\n\n" if instructions else ""
+    developer += "# Tools\n\n" + namespace("functions", tools) if tools else ""
+    segments = _turn("system", system) + (_turn("developer", developer) if developer else [])
+    called = None  # the tool whose result may follow
+    for i, message in list(enumerate(messages))[has_developer:]:
+        match message["role"]:
+            case "user":
+                segments += _turn("user", join_parts(message["content"], i))
+            case "assistant":
+                is_last = i + 1 == len(messages) and not add_generation_prompt
+                segments += [_control("<|start|>assistant"), *_answer(message, i, messages[i + 1 :], is_last=is_last)]
+                called = message["tool_calls"][0]["function"]["name"] if "tool_calls" in message else None
+            case "tool" if called is not None:
+                result = json.dumps(message["content"], ensure_ascii=False)
+                segments += _turn(f"functions.{called} to=assistant", result, "<|channel|>commentary<|message|>")
+            case "tool":
+                raise UserError(f"message {i}: a tool's result needs an assistant's message before it that calls one")
+            case role:
+                raise UserError(f"message {i}: gpt-oss's chat format has no role {role!r}")
+    return segments + [_control("<|start|>assistant")] * add_generation_prompt
+
+
+def _control(text: str, *, train: bool = False) -> Segment:
+    return Segment(text, control=True, train=train)
+
+
+def _turn(role: str, text: str, before: str = "<|message|>") -> list[Segment]:
+    return [_control("<|start|>"), Segment(role), _control(before), Segment(text), _control("<|end|>")]
+
+
+def _answer(message: Message, i: int, later: Sequence[Message], *, is_last: bool) -> list[Segment]:
+    """What the model must produce. ``later``: the messages behind."""
+    content, calls = join_parts(message.get("content") or "", i), message.get("tool_calls", [])
+    thought = next((message[key] for key in REASONING if key in message), None)
+    if calls:
+        if len(calls) > 1:
+            raise UserError(f"message {i} has {len(calls)} tool calls; gpt-oss's chat format knows one at a time")
+        if content and thought:
+            raise UserError(f"message {i}: beside a tool call either content or reasoning has a place, as analysis")
+        is_answered = any(m["role"] == "assistant" and "tool_calls" not in m for m in later)
+        thought = None if is_answered else content or thought or None
+    parts = []
+    if thought is not None and (calls or is_last):
+        parts = [("<|channel|>analysis<|message|>", True), (thought, False), ("<|end|><|start|>assistant", True)]
+    for function in (call["function"] for call in calls):
+        parts += [(f" to=functions.{function['name']}", False), ("<|channel|>", True)]
+        parts += [(f"commentary {function.get('content_type', 'json')}", False), ("<|message|>", True)]
+        parts += [(json.dumps(function["arguments"], ensure_ascii=False), False), ("<|call|>", True)]
+    if not calls:
+        parts += [
+            ("<|channel|>final<|message|>", True),
+            (content, False),
+            ("<|return|>" if is_last else "<|end|>", True),
+        ]
+    return [Segment(text, control=control, train=message.get("train", True)) for text, control in parts]

@@ -114,14 +114,14 @@ CHAT_TEMPLATE = """\
 """
 
 _BEGIN = Segment("<|begin_of_text|>", control=True)
-_RESPOND = (
+RESPOND = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
-_TOOLS_IN_SYSTEM = (
+TOOLS_IN_SYSTEM = (
     "You have access to the following functions. To call a function, please respond with JSON for a function call."
 )
-_TOOLS_IN_USER = (
+TOOLS_IN_USER = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
     "answers the given prompt.\n\n"
 )
@@ -150,7 +150,7 @@ def chat_3_1(
         system += "Tools: " + ", ".join(name for name in builtin_tools if name != "code_interpreter") + "\n\n"
     system += f"Cutting Knowledge Date: December 2023\nToday Date: {date_string}\n\n"
     if tools is not None and not tools_in_user_message:
-        system += _TOOLS_IN_SYSTEM + _RESPOND + schemas
+        system += TOOLS_IN_SYSTEM + RESPOND + schemas
     rest = list(enumerate(messages))
     if messages[0]["role"] == "system":
         system += _content(messages[0], 0)
@@ -160,7 +160,7 @@ def chat_3_1(
         if not rest or rest[0][1]["role"] != "user":
             raise UserError("tools are put into the first user message, but the conversation does not start with one")
         i, first = rest.pop(0)
-        segments += _turn("user", _TOOLS_IN_USER + _RESPOND + schemas + _content(first, i))
+        segments += _turn("user", TOOLS_IN_USER + RESPOND + schemas + _content(first, i))
     for i, message in rest:
         if "tool_calls" in message:
             segments += _tool_call(message, i, builtin_tools)

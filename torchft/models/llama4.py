@@ -4,6 +4,8 @@ expert for each token beside one that all use. Of the multimodal checkpoints the
 Model card: https://github.com/meta-llama/llama-models/tree/main/models/llama4. Weights: https://huggingface.co/meta-llama
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torchft.hub_names import HubNames
 from torchft.models import llama3
 from torchft.models.config_json import field, one_of, optional, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, rope_to_hub
+from torchft.models.llama3 import RESPOND, TOOLS_IN_SYSTEM, TOOLS_IN_USER
 from torchft.models.smollm3 import layers_with_rope
 from torchft.modules.attention import Attention, QueryGrowth
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
@@ -21,6 +24,7 @@ from torchft.modules.moe import Experts, MoE
 from torchft.modules.norms import BareRMSNorm, RMSNorm
 from torchft.modules.rope import Llama3Rope, Rope
 from torchft.modules.routers import SigmoidRouter
+from torchft.tokenizers.chat import Message, Segment, join_parts
 
 GROWTH = QueryGrowth(beta=0.1, every=8192, first=1)
 
@@ -154,3 +158,103 @@ def to_hub(c: Llama4Config) -> dict[str, Any]:
         "hidden_act": "silu",
         **rope_to_hub(c.rope),
     }
+
+
+# Chat: what the released template renders: Llama 3.1's without a date, in other tokens; only a system turn is stripped.
+
+CHAT_TEMPLATE = """\
+{%- set offered = tools is defined and tools is not none -%}
+{%- set in_user = offered and (tools_in_user_message is not defined or tools_in_user_message) -%}
+{%- set schemas = namespace(text='') -%}
+{%- for tool in tools or [] -%}
+    {%- set schemas.text = schemas.text + (tool | tojson(indent=4)) + '\\n\\n' -%}
+{%- endfor -%}
+{{- '<|begin_of_text|>' -}}
+{%- set rest = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set rest = messages[1:] -%}
+    {{- '<|header_start|>system<|header_end|>\\n\\n' + ('Environment: ipython\\n' if offered else '') -}}
+    {{- IN_SYSTEM + schemas.text if offered and not in_user else '' -}}
+    {{- messages[0]['content'] | trim + '<|eot|>' -}}
+{%- endif -%}
+{%- if in_user and (not rest or rest[0]['role'] != 'user') -%}
+    {{- raise_exception('tools are put into the first user message') -}}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- set role = 'ipython' if message['role'] == 'tool' else message['role'] -%}
+    {%- set content = message['content'] if message['content'] is string else '' -%}
+    {{- '<|header_start|>' + role + '<|header_end|>\\n\\n' -}}
+    {%- if role == 'ipython' -%}
+        {%- set is_json = message['content'] is string or message['content'] is iterable -%}
+        {{- message['content'] | tojson if is_json else message['content'] -}}
+    {%- elif message['tool_calls'] -%}
+        {{- '<|python_start|>' + content + '<|python_end|>' -}}
+        {%- for call in message['tool_calls'] -%}
+            {{- '{"name": "' + call['function']['name'] + '", "parameters": ' -}}
+            {{- (call['function']['arguments'] | tojson) + '}' -}}
+        {%- endfor -%}
+    {%- elif loop.first and in_user -%}
+        {{- IN_USER + schemas.text + content | trim -}}
+    {%- else -%}
+        {{- content -}}
+    {%- endif -%}
+    {{- '<|eot|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|header_start|>assistant<|header_end|>\\n\\n' -}}
+{%- endif -%}
+""".replace("IN_SYSTEM", repr(TOOLS_IN_SYSTEM + RESPOND)).replace("IN_USER", repr(TOOLS_IN_USER + RESPOND))
+
+
+def chat(
+    messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False,
+    tools_in_user_message: bool = True,
+) -> list[Segment]:  # fmt: skip
+    """Llama 4's format. Offered tools go into the first user message, or into the system turn, if there is one."""
+    schemas = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools or [])
+    segments, rest = [Segment("<|begin_of_text|>", control=True)], list(enumerate(messages))
+    if messages[0]["role"] == "system":
+        system = "Environment: ipython\n" if tools is not None else ""
+        if tools is not None and not tools_in_user_message:
+            system += TOOLS_IN_SYSTEM + RESPOND + schemas
+        segments += [*_header("system"), Segment(system + join_parts(messages[0]["content"], 0).strip()), _end()]
+        rest = rest[1:]
+    if tools is not None and tools_in_user_message:
+        if not rest or rest[0][1]["role"] != "user":
+            raise UserError("tools are put into the first user message, but the conversation does not start with one")
+        i, first = rest.pop(0)
+        asked = TOOLS_IN_USER + RESPOND + schemas + join_parts(first["content"], i).strip()
+        segments += [*_header("user"), Segment(asked), _end()]
+    for i, message in rest:
+        match message["role"]:
+            case "assistant":
+                segments += _header("assistant") + _answer(message, i)
+            case "tool" | "ipython":
+                content = message["content"]  # numbers as they are, all else, text too, as JSON
+                is_json = isinstance(content, str | list | dict)
+                text = json.dumps(content, ensure_ascii=False) if is_json else str(content)
+                segments += [*_header("ipython"), Segment(text), _end()]
+            case role:
+                segments += [*_header(role), Segment(join_parts(message["content"], i)), _end()]
+    return segments + _header("assistant") * add_generation_prompt
+
+
+def _header(role: str) -> list[Segment]:
+    return [Segment(f"<|header_start|>{role}<|header_end|>\n\n", control=True)]
+
+
+def _end(*, train: bool = False) -> Segment:
+    return Segment("<|eot|>", control=True, train=train)
+
+
+def _answer(message: Message, i: int) -> list[Segment]:
+    """What the model must produce."""
+    train = message.get("train", True)
+    segments = [Segment(join_parts(message.get("content") or "", i), train=train)]
+    if calls := message.get("tool_calls"):
+        marks = [Segment(f"<|python_{end}|>", control=True, train=train) for end in ("start", "end")]
+        segments = [marks[0], *segments, marks[1]]
+        for function in (call["function"] for call in calls):
+            arguments = json.dumps(function["arguments"], ensure_ascii=False)
+            segments.append(Segment(f'{{"name": "{function["name"]}", "parameters": {arguments}}}', train=train))
+    return [*segments, _end(train=train)]

@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 ChatFormat = Callable[..., list[Segment]]
 
 # The tokens that show which format a base checkpoint was given control tokens for.
-MARKS_OF = {"llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+MARKS_OF = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama4": ("<|header_start|>", "<|header_end|>", "<|eot|>"),
+}
 
 _USER: Message = {"role": "user", "content": " Hi\n"}
 _ANSWER: Message = {"role": "assistant", "content": "\tHello there \n"}
@@ -28,9 +31,11 @@ _SYSTEM: Message = {"role": "system", "content": " Be brief. "}
 _TOOL = {"type": "function", "function": {"name": "add", "description": "Größe", "parameters": {"type": "object"}}}
 _CALL: Message = {
     "role": "assistant",
-    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}],
+    "tool_calls": [
+        {"id": "functions.add:0", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}
+    ],
 }
-_RESULT: Message = {"role": "tool", "content": '{"sum": 2}'}
+_RESULT: Message = {"role": "tool", "tool_call_id": "functions.add:0", "content": '{"sum": 2}'}
 PROBES: list[tuple[list[Message], dict[str, Any]]] = [
     ([_USER, _ANSWER], {}),
     ([_SYSTEM, _USER, _ANSWER, _USER, _ANSWER], {}),
@@ -63,7 +68,9 @@ def choose(
 
 
 def native(template: TemplateChat) -> ChatFormat | None:
-    """The family's function that renders every probe as the template does, if there is one."""
+    """The family's function that renders every probe as the template does, whose own marks win."""
+    if any(t.has_marks for t in template.templates.values()):
+        return None
     said = [_attempt(template.text, messages, options) for messages, options in PROBES]
     for name in registry.names("chat_format"):
         chat = registry.resolve(name)

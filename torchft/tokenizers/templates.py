@@ -33,6 +33,11 @@ class TemplateChat:
         ask: Message = {"role": "user", "content": "x"}
         answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         self._text_arguments = not self._can_render([ask, answer]) and self._can_render([ask, _text_calls(answer)])
+        asked: list[Message] = [ask, _text_calls(answer) if self._text_arguments else answer]
+        result: Message = {"role": "tool", "content": {"probe": 1}}
+        as_json = '"probe": 1'  # Python's own spelling, which some templates leave, is none
+        self._text_results = not self._can_render([*asked, result], as_json)
+        self._text_results &= self._can_render([*asked, _text_result(result)], as_json)
 
     def __call__(
         self,
@@ -103,16 +108,16 @@ class TemplateChat:
             message["content"] = join_parts(content, i)
         if self._text_arguments:
             message = _text_calls(message)
+        if self._text_results:
+            message = _text_result(message)
         role = message.pop("role")
         # an assistant may write markup such as <think>, but no special token
         return {"role": role, **self._guards[role == "assistant"].copy(message)}
 
-    def _can_render(self, messages: list[Message]) -> bool:
+    def _can_render(self, messages: list[Message], text: str = PROBE) -> bool:
         variables = {"tools": None, "documents": None, **self.special}
         try:
-            return PROBE in self.templates["default"].render(
-                messages=messages, add_generation_prompt=False, **variables
-            )
+            return text in self.templates["default"].render(messages=messages, add_generation_prompt=False, **variables)
         except UserError:
             return False
 
@@ -170,6 +175,13 @@ def _text_calls(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def _text_result(message: Message) -> Message:
+    """The message with a tool's result as JSON text, if it is an object, which some templates do not render as such."""
+    if message["role"] != "tool" or not isinstance(message["content"], dict):
+        return message
+    return {**message, "content": json.dumps(message["content"], ensure_ascii=False)}
 
 
 def _prefix(head: str, text: str, i: int, where: str, closing: str = "") -> int:

@@ -1,27 +1,22 @@
 # ruff: noqa: RUF001  DeepSeek's tokens are written so
-"""Chat of the families with experts: GLM 4.5's own format is trl's twin of the released template, which learns where an
-answer ends; the others train on the template of the checkpoint, whose ids are transformers'."""
+"""Chat of families with experts: GLM 4.5's own format is trl's twin of the released template, which learns where an
+answer ends; Qwen's train on the template of the checkpoint, whose ids are transformers'."""
 
-import json
 import re
 
 import pytest
 from conversations import PLAIN, TOOL_USE, TOOLS, assistant, call, user
-from transformers.models.llama4.processing_llama4 import chat_template as LLAMA4_TEMPLATE
-from vocabularies import byte_level, hub, template, write
+from vocabularies import pair, template
 
 from torchft.errors import UserError
 from torchft.models import deepseek_v3, glm4_moe
-from torchft.tokenizers import bpe, load
 
 MARKUP = [
     f"<{end}{word}>" for word in ("think", "tool_call", "tool_response", "arg_key", "arg_value") for end in ("", "/")
 ]
 GLM_SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-HARMONY = ["<|startoftext|>", "<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|call|>", "<|return|>"]
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATES = {  # name -> template, special tokens, the one that ends an answer
-    "gpt_oss": ("gptoss", HARMONY, "<|return|>"),
     "qwen3_2507": ("qwen3_instruct_2507", QWEN, "<|im_end|>"),
 }
 ALL = PLAIN | {k: v for k, v in TOOL_USE.items() if k in ("tools only offered", "a call and its result")}
@@ -39,12 +34,6 @@ MORE = {
         {"role": "tool", "content": "21"}, {"role": "tool", "content": "22"}, assistant("warm"), user("and?"),
     ],
 }  # fmt: skip
-
-
-def pair(folder, source, special, markup, eos, bos=None, **options):
-    write(folder, tokenizer_config={"bos_token": bos, "eos_token": eos}, chat_template=source)
-    byte_level(bpe.PATTERNS["Llama 3"], special=special, markup=markup).save(str(folder / "tokenizer.json"))
-    return load(folder, **options), hub(folder)
 
 
 @pytest.fixture(scope="module")
@@ -185,36 +174,3 @@ def test_deepseek_keeps_the_reasoning_of_every_turn(conversation, deepseek):
 def test_deepseek_refuses_other_roles(deepseek):
     with pytest.raises(UserError, match="message 1: DeepSeek V3's chat format has no role 'ipython'"):
         deepseek[0].render([user("a"), {"role": "ipython", "content": "b"}, assistant("c")])
-
-
-LLAMA4 = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|python_start|>", "<|python_end|>"]
-
-
-@pytest.fixture(scope="module")
-def llama4(tmp_path_factory):
-    """With transformers' copy of the released template."""
-    return pair(tmp_path_factory.mktemp("llama4"), LLAMA4_TEMPLATE, LLAMA4, [], "<|eot|>", bos="<|begin_of_text|>")
-
-
-@pytest.mark.parametrize("conversation", [*PLAIN, *TOOL_USE])
-def test_llama4_ids_are_the_templates_and_answers_are_learned(conversation, llama4):
-    (ours, oracle), messages = llama4, (PLAIN | TOOL_USE)[conversation]
-    offered = [{"tools": TOOLS}, {"tools": TOOLS, "tools_in_user_message": False}]
-    for options in [{}, *offered] if conversation in TOOL_USE else [{}]:
-        as_read = [{"content": "", **m} for m in messages]  # the template adds its content to a call
-        for prompt in (False, True):
-            more = options | {"add_generation_prompt": prompt}
-            assert ours.render(as_read, **more).tokens == rendered(oracle, as_read, None, **more)
-        got = ours.render(as_read, **options)
-        learned = ours.decode([token for token, train in zip(got.tokens, got.train) if train])
-        answers = [
-            f"<|python_start|><|python_end|>{call_text(m)}<|eot|>" if "tool_calls" in m else f"{m['content']}<|eot|>"
-            for m in messages if m["role"] == "assistant"
-        ]  # fmt: skip
-        assert learned == "".join(answers)
-    assert ours.stop_ids == tuple(oracle.convert_tokens_to_ids(["<|eot|>"]))
-
-
-def call_text(message):
-    function = message["tool_calls"][0]["function"]
-    return f'{{"name": "{function["name"]}", "parameters": {json.dumps(function["arguments"], ensure_ascii=False)}}}'

@@ -254,6 +254,16 @@ def test_tool_arguments_take_the_form_that_the_template_reads(make):
         assert got.tokens == ours.render(as_text, train_on="last" if "training" not in name else "assistant").tokens
 
 
+@pytest.mark.parametrize("shown", ["m['content']", "(m['content'] | tojson)"])
+def test_a_tools_result_is_never_pythons_text(shown, make):
+    """An object pasted by a template would be Python's repr of it; as JSON text it is what the tool said."""
+    source = f"{{% for m in messages %}}{{{{ '<|im_start|>' ~ {shown} ~ '<|im_end|>' }}}}{{% endfor %}}"
+    tokenizer = load(make(source + "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}{{ tool_calls }}"))
+    result = {"role": "tool", "content": {"t": [None, "ü"]}}
+    text = tokenizer.decode(tokenizer.render([user("a"), assistant("b"), result, assistant("c")]).tokens)
+    assert '<|im_start|>{"t": [null, "ü"]}<|im_end|>' in text
+
+
 def test_a_tool_call_that_the_template_would_drop_is_refused(make):
     with pytest.raises(UserError, match=r"message 1 calls a tool, but .* cannot render tool calls"):
         load(make(template("gemma"))).render(
