@@ -8,12 +8,12 @@ each other's negatives. What it leaves is a folder of sentence-transformers.
 To change it: `tune cp embedding_finetune my_recipe.py`, then `tune run my_recipe.py --config ...`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from torchft.data.summary import Summary, summarise
 from torchft.data.texts import longest_text
 from torchft.errors import UserError
 from torchft.export import save_trained
-from torchft.losses.contrastive import contrastive, pooled, ranks_of_own
+from torchft.losses.contrastive import contrastive, document_keys, pooled, ranks_of_own, repeated
 from torchft.modules.decoder import Decoder
 from torchft.modules.encoder import Encoder
 from torchft.ranks import from_main, is_main, main_first
@@ -198,19 +198,28 @@ def build_texts(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples 
 
 def embed(model: Decoder, pooling: str, batch: Batch) -> Tensor:
     """[samples, n, d] fp32: of each sample's query, its document and its hard negatives."""
-    positions, documents_of = batch.positions, batch.documents_of
-    head = partial(
-        pooled, pooling=pooling, positions=positions, count=batch.answers["count"], documents_of=documents_of
-    )
-    return model(batch.tokens, positions, documents=batch.documents, head=head)
+    head = partial(pooled, pooling=pooling, **documents_in(batch))
+    return model(batch.tokens, batch.positions, documents=batch.documents, head=head)
 
 
-def mean_loss(config: Config, embedded: Tensor, count: int, tally: Tally, world: World) -> Tensor:
-    """This rank's part of the mean over ``count`` samples, those of all ranks, which are each other's negatives."""
-    everywhere, first = all_rows(embedded, alone=world.mesh is None)
+def documents_in(batch: Batch) -> dict[str, Any]:
+    return {"positions": batch.positions, "count": batch.answers["count"], "documents_of": batch.documents_of}
+
+
+def mean_loss(
+    config: Config, embedded: Tensor, batches: Sequence[Batch], count: int, tally: Tally, world: World
+) -> Tensor:
+    """This rank's part of the mean over ``count`` samples, those of all ranks, which are each other's negatives.
+
+    ``embedded``: of ``batches``. Texts that are the same, on whatever rank, are no negatives.
+    """
+    alone = world.mesh is None
+    everywhere, first = all_rows(embedded, alone=alone)
+    keys, _ = all_rows(torch.cat([document_keys(b.tokens, **documents_in(b)) for b in batches]), alone=alone)
     how = {"temperature": config.temperature, "symmetric": config.symmetric, "dims": config.matryoshka_dims}
-    losses = contrastive(embedded, everywhere, first, **how)
-    own = ranks_of_own(embedded[:, 0], everywhere[:, 1], first)
+    losses = contrastive(embedded, everywhere, first, keys=keys, **how)
+    same = repeated(keys[:, :2], first, len(embedded))
+    own = ranks_of_own(embedded[:, 0], everywhere[:, 1], first, left_out=same)
     tally.add(loss=losses, recall_at_1=own == 1, mrr=1 / own)
     return losses.sum() / count
 
@@ -219,9 +228,10 @@ def mean_loss(config: Config, embedded: Tensor, count: int, tally: Tally, world:
 def evaluate_search(config: Config, model: Decoder, pooling: str, loader: Loader, tally: Tally, world: World) -> Row:
     """Of each held-out query, how it finds its own among the documents of all; of all ranks."""
     model.eval()
-    embedded = torch.cat([embed(model, pooling, batch) for batch in one_epoch(loader, world.device)])
+    batches = list(one_epoch(loader, world.device))
+    embedded = torch.cat([embed(model, pooling, batch) for batch in batches])
     model.train()
-    mean_loss(config, embedded, 1, tally, world)
+    mean_loss(config, embedded, batches, 1, tally, world)
     return tally.row(prefix="eval_")
 
 
@@ -316,7 +326,7 @@ def train(config: Config, run: Run, world: World) -> None:
             world.begin_step(step)
             lr = float(optimizer.param_groups[0]["lr"])
 
-            of_all = partial(mean_loss, config, count=count, tally=tally, world=world)
+            of_all = partial(mean_loss, config, batches=window, count=count, tally=tally, world=world)
             own_loss = backward_together(window, partial(embed, model, pooling), of_all)
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)

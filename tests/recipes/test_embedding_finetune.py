@@ -174,6 +174,25 @@ def test_two_ranks_are_one_process(run, settings, encoder, tmp_path, symmetric):
     assert largest_difference(*exports) < 1e-3
 
 
+def test_the_same_text_is_no_negative(run, settings, encoder, tmp_path):
+    """Rows whose documents are the same, on two ranks and in one process, against transformers' hidden states."""
+    data = [dict(row) for row in ROWS[:8]]
+    data[5]["positive"] = data[0]["positive"]
+    data[6]["query"] = data[1]["query"]
+    source = write_jsonl(tmp_path / "same.jsonl", data)
+    options = [f"checkpoint_dir={encoder}", f"dataset={{source: {source}}}", "pooling=mean", SGD, CONSTANT, "epochs=2"]
+    alone = run(tmp_path / "alone", *options, "batch_size=8", "gradient_accumulation_steps=1")
+    run_ranks(part, 2, settings, tmp_path / "together", [*options, "batch_size=2", "gradient_accumulation_steps=2"])
+    assert (losses(tmp_path / "together") - losses(alone)).abs().max() < 1e-5
+    model = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        q, p = (hub_embeddings(model, encoder, [row[c] for row in data], "mean") for c in ("query", "positive"))
+    scores = F.normalize(q, dim=-1) @ F.normalize(p, dim=-1).T / 0.1
+    for i, j in ((0, 5), (1, 6)):
+        scores[i, j] = scores[j, i] = -torch.inf
+    assert rows(alone)[0]["loss"] == pytest.approx(F.cross_entropy(scores, torch.arange(8)).item(), rel=1e-4)
+
+
 def test_sentence_transformers_reads_the_export(run, base, encoder, tmp_path):
     st = pytest.importorskip("sentence_transformers")
     for folder, pooling in ((base, "last"), (encoder, "mean")):

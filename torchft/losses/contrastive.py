@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchft.documents import run_starts
 from torchft.losses.documents import document_starts
 
 Pooling = Literal["cls", "mean", "last"]
@@ -41,6 +42,38 @@ def pooled(
     return flat[places[documents_of]].float()
 
 
+def document_keys(tokens: Tensor, *, positions: Tensor | None, count: int, documents_of: Tensor) -> Tensor:
+    """A number for the tokens of each of the samples' documents, [samples, n] int64: equal ones have equal numbers.
+
+    Arguments as in `pooled`. A sum over 64-bit hashes of token and place; that two other documents have the same is as
+    likely as 1 in 10^19.
+    """
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    hashes = tokens * -7046029254386353131 + positions * -4417276706812531889  # odd; products wrap around
+    for factor in (-4658895280553007687, -7723592293110705685):
+        hashes = (hashes ^ ((hashes >> 29) & 0x7FFFFFFFF)) * factor
+    document = run_starts(positions).flatten().cumsum(0) - 1
+    sums = torch.zeros(count, dtype=torch.int64, device=tokens.device).index_add_(0, document, hashes.flatten())
+    return sums[documents_of]
+
+
+def repeated(keys: Tensor, first: int, count: int) -> Tensor:
+    """[count, m + negatives] bool: which documents of all are no negatives of a query, because they answer it too.
+
+    Those with the text of its own document, and those of a query with its text; its own document is not among them. Of
+    the samples from ``first`` on, by the `document_keys` [m, 2 + n] of all; the documents in the order of `contrastive`.
+    (https://arxiv.org/abs/2506.05176, section 3, leaves out documents that equal the query's own.)
+    """
+    own = keys[first : first + count]
+    documents = torch.cat((keys[:, 1], keys[:, 2:].flatten()))
+    found = own[:, 1, None] == documents
+    found[:, : len(keys)] |= own[:, 0, None] == keys[:, 0]
+    index = torch.arange(count, device=keys.device)
+    found[index, first + index] = False
+    return found
+
+
 def info_nce(
     queries: Tensor,
     documents: Tensor,
@@ -49,6 +82,7 @@ def info_nce(
     temperature: float = 0.05,
     all_queries: Tensor | None = None,
     own: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """-log softmax(cos(query, documents) / temperature) at each query's own document, [q] in nats.
 
@@ -56,13 +90,20 @@ def info_nce(
         queries: [q, d]; ``documents`` [n, d], of which ``targets`` [q] are the queries' own.
         all_queries: [m, d], for the symmetric loss: the mean with that of each query's document, which has to find its
             query, at ``own`` [q], among all queries.
+        left_out: [q, n] bool, documents that are no negatives of a query; the first m belong to ``all_queries``, which
+            are no negatives of its document then.
     """
     queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
-    losses = F.cross_entropy(queries @ documents.T / temperature, targets, reduction="none")
+    scores = queries @ documents.T / temperature
+    if left_out is not None:
+        scores = scores.masked_fill(left_out, -torch.inf)
+    losses = F.cross_entropy(scores, targets, reduction="none")
     if all_queries is None:
         return losses
     assert own is not None
     back = documents[targets] @ F.normalize(all_queries, dim=-1).T / temperature
+    if left_out is not None:
+        back = back.masked_fill(left_out[:, : len(all_queries)], -torch.inf)
     return (losses + F.cross_entropy(back, own, reduction="none")) / 2
 
 
@@ -74,6 +115,7 @@ def contrastive(
     temperature: float = 0.05,
     symmetric: bool = False,
     dims: Sequence[int] = (),
+    keys: Tensor | None = None,
 ) -> Tensor:
     """`info_nce` of this rank's samples among all, [samples]; of several widths the sum.
 
@@ -81,7 +123,9 @@ def contrastive(
         embedded: [samples, 2 + negatives, d]: query, its document, others; ``everywhere`` those of all ranks, of which
             this rank's begin at ``first``.
         dims: widths, the first channels of an embedding, that are trained to be embeddings too; (): the whole alone.
+        keys: `document_keys` of all ranks' texts [m, 2 + negatives]; with them `repeated` texts are no negatives.
     """
+    left_out = None if keys is None else repeated(keys, first, len(embedded))
     own = torch.arange(first, first + len(embedded), device=embedded.device)
     losses = embedded.new_zeros(len(embedded))
     for dim in dims or (embedded.shape[-1],):
@@ -94,13 +138,17 @@ def contrastive(
             temperature=temperature,
             all_queries=part[:, 0] if symmetric else None,
             own=own,
+            left_out=left_out,
         )
     return losses
 
 
 @torch.no_grad()
-def ranks_of_own(queries: Tensor, documents: Tensor, first: int = 0) -> Tensor:
-    """The rank of each query's document, ``documents[first + i]`` of ``queries[i]``, by cosine; 1 = the best; [q]."""
+def ranks_of_own(queries: Tensor, documents: Tensor, first: int = 0, left_out: Tensor | None = None) -> Tensor:
+    """The rank of each query's document, ``documents[first + i]`` of ``queries[i]``, by cosine; 1 = the best; [q].
+
+    ``left_out`` [q, n] bool: documents that are not counted.
+    """
     similarity = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
-    own = similarity.diagonal(first)[:, None]
-    return 1 + (similarity > own).sum(1)
+    is_better = similarity > similarity.diagonal(first)[:, None]
+    return 1 + (is_better if left_out is None else is_better & ~left_out).sum(1)

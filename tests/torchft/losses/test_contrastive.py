@@ -4,24 +4,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchft.losses.contrastive import contrastive, info_nce, pooled, ranks_of_own
+from torchft.losses.contrastive import contrastive, document_keys, info_nce, pooled, ranks_of_own, repeated
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-def loop(embedded, temperature, symmetric):
-    """One query, one document, one exponential at a time."""
+def loop(embedded, temperature, symmetric, names=None):
+    """One query, one document, one exponential at a time. ``names`` of the texts: same ones are no negatives."""
     cos = lambda a, b: (a @ b) / (a.norm() * b.norm())  # noqa: E731
     m, n = embedded.shape[:2]
+    names = names or [[(i, k) for k in range(n)] for i in range(m)]
     total = []
     for i in range(m):
+        counts = lambda j, k, i=i: (  # noqa: E731
+            (i, 1) == (j, k) or (names[i][1] != names[j][k] and not (k == 1 and names[i][0] == names[j][0]))
+        )
         own = (cos(embedded[i, 0], embedded[i, 1]) / temperature).exp()
-        others = sum((cos(embedded[i, 0], embedded[j, k]) / temperature).exp() for j in range(m) for k in range(1, n))
+        others = sum(
+            (cos(embedded[i, 0], embedded[j, k]) / temperature).exp()
+            for j in range(m)
+            for k in range(1, n)
+            if counts(j, k)
+        )
         loss = -(own / others).log()
         if symmetric:
-            queries = sum((cos(embedded[j, 0], embedded[i, 1]) / temperature).exp() for j in range(m))
+            queries = sum((cos(embedded[j, 0], embedded[i, 1]) / temperature).exp() for j in range(m) if counts(j, 1))
             loss = (loss - (own / queries).log()) / 2
         total.append(loss)
     return torch.stack(total)
@@ -55,6 +64,51 @@ def test_parts_of_ranks_are_the_whole(symmetric):
     assert (torch.cat(parts) - want).abs().max() <= 1e-10
     grads = [torch.autograd.grad(x.sum(), embedded, retain_graph=True)[0] for x in (*parts, want)]
     assert (grads[0] + grads[1] - grads[2]).abs().max() <= 1e-10
+
+
+NAMES = [["q", "a", "x"], ["r", "b", "a"], ["q", "c", "y"], ["s", "a", "z"], ["t", "d", "q"]]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_same_text_is_no_negative(symmetric):
+    """The document of another query, or a negative of it; another document of the same query. On two ranks, too."""
+    embedded = randn(5, 3, 8)
+    texts = sorted({name for row in NAMES for name in row})
+    keys = torch.tensor([[texts.index(name) for name in row] for row in NAMES])
+    how = {"temperature": 0.2, "symmetric": symmetric, "keys": keys}
+    parts = [contrastive(embedded[a:b], embedded, a, **how) for a, b in ((0, 2), (2, 5))]
+    want = loop(embedded, 0.2, symmetric, NAMES)
+    assert (torch.cat(parts) - want).abs().max() <= 1e-10
+    grads = [torch.autograd.grad(x.sum(), embedded, retain_graph=True)[0] for x in (*parts, want)]
+    assert (grads[0] + grads[1] - grads[2]).abs().max() <= 1e-10
+    assert (want - loop(embedded, 0.2, symmetric)).abs().max() > 1e-2
+
+
+def test_keys_are_of_the_tokens():
+    """In packed rows, in rows of one document, wherever they stand; the order of tokens counts, and their number."""
+    texts = [[5, 6, 7], [5, 6, 7], [7, 6, 5], [5, 6], [5, 6, 7, 0]]
+    row = torch.tensor([sum(texts, [])])
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    keys = document_keys(row, positions=positions, count=5, documents_of=torch.arange(5)[:, None]).flatten()
+    assert keys[0] == keys[1] and len(keys.unique()) == 4
+    alone = document_keys(torch.tensor([[5, 6, 7]]), positions=None, count=1, documents_of=torch.tensor([[0]]))
+    assert alone.item() == keys[0]
+    many = torch.randint(0, 30_000, (2000, 8), generator=torch.Generator().manual_seed(0))
+    keys = document_keys(many, positions=None, count=2000, documents_of=torch.arange(2000)[:, None])
+    assert len(keys.unique()) == len({tuple(text) for text in many.tolist()})
+    low = keys.flatten() & 0xFFFF  # as evenly spread as random numbers, in which 2000 of 65536 meet 30 times
+    assert 2000 - len(low.unique()) < 60
+
+
+def test_ranks_leave_out_the_same_text():
+    documents = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    queries = torch.tensor([[2.0, 0.1], [0.1, 2.0], [1.0, 0.9]])
+    same = repeated(torch.tensor([[1, 7], [2, 7], [3, 8]]), 0, 3)
+    assert same.tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert ranks_of_own(queries, documents + torch.tensor([[0.0, 0.0], [0.0, 1e-3], [0.0, 0.0]])).tolist() == [2, 2, 3]
+    assert ranks_of_own(
+        queries, documents + torch.tensor([[0.0, 0.0], [0.0, 1e-3], [0.0, 0.0]]), left_out=same
+    ).tolist() == [1, 2, 3]
 
 
 def test_a_perfect_match_among_opposites():
