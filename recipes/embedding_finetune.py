@@ -10,7 +10,7 @@ To change it: `tune cp embedding_finetune my_recipe.py`, then `tune run my_recip
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +43,7 @@ from torchft.modules.decoder import Decoder
 from torchft.modules.encoder import Encoder
 from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
-from torchft.sentence_transformers import read_pooling, save_modules
+from torchft.sentence_transformers import Embedder, read_embedder, save_modules
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed, state
 from torchft.training.console import Console, Steps, first_panel, last_panel
@@ -83,7 +83,8 @@ class Config:
     # Method
     pooling: Literal["cls", "mean", "last"] | None = None  # of hidden states; null: what a sentence-transformers folder
     # says, else the mean of an encoder and a decoder's last token
-    temperature: Annotated[float, Range(above=0)] = 0.05  # cosines are divided by it
+    similarity: Literal["cosine", "dot"] | None = None  # null: what a sentence-transformers folder says, else cosine
+    temperature: Annotated[float, Range(above=0)] = 0.05  # similarities are divided by it
     symmetric: bool = False  # documents look for their query too
     matryoshka_dims: list[int] = field(default_factory=list)  # widths whose first channels are embeddings too
 
@@ -179,12 +180,19 @@ def load_base(config: Config, model: Decoder, world: World) -> None:
         set_seed(config.seed + world.rank)  # from here on ranks drop other values
 
 
-def build_texts(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples | None, Summary]:
-    """What to train on, what is held out, and what the training data holds. Refuses data that cannot train."""
+def build_texts(
+    config: Config, tokenizer: Tokenizer, settings: dict[str, Any]
+) -> tuple[Samples, Samples | None, Summary]:
+    """What to train on, what is held out, and what the training data holds. Refuses data that cannot train.
+
+    ``settings``: of texts, where the config says nothing.
+    """
     sizes = models.sizes(config.checkpoint_dir)
-    nodes = config.datasets or [node for node in (config.dataset,) if node]
-    samples = mix([node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes])
-    held_out = [node.build(tokenizer=tokenizer, seq_len=config.seq_len) for node in [config.dataset_eval] if node]
+    samples, held_out = (
+        [node.with_defaults(settings).build(tokenizer=tokenizer, seq_len=config.seq_len) for node in nodes if node]
+        for nodes in (config.datasets or [config.dataset], [config.dataset_eval])
+    )
+    samples = mix(samples)
     summary = summarise(samples)
     summary.check(vocab_size=sizes.vocab_size, batch_size=config.batch_size)
     if bad := [dim for dim in config.matryoshka_dims if not 0 < dim <= sizes.dim]:
@@ -196,7 +204,7 @@ def build_texts(config: Config, tokenizer: Tokenizer) -> tuple[Samples, Samples 
     return samples, mix(held_out) if held_out else None, summary
 
 
-def embed(model: Decoder, pooling: str, batch: Batch) -> Tensor:
+def embed(model: Decoder, pooling: str | None, batch: Batch) -> Tensor:
     """[samples, n, d] fp32: of each sample's query, its document and its hard negatives."""
     head = partial(pooled, pooling=pooling, **documents_in(batch))
     return model(batch.tokens, batch.positions, documents=batch.documents, head=head)
@@ -207,7 +215,7 @@ def documents_in(batch: Batch) -> dict[str, Any]:
 
 
 def mean_loss(
-    config: Config, embedded: Tensor, batches: Sequence[Batch], count: int, tally: Tally, world: World
+    config: Config, embedded: Tensor, batches: Sequence[Batch], count: int, by_angle: bool, tally: Tally, world: World
 ) -> Tensor:
     """This rank's part of the mean over ``count`` samples, those of all ranks, which are each other's negatives.
 
@@ -217,21 +225,23 @@ def mean_loss(
     everywhere, first = all_rows(embedded, alone=alone)
     keys, _ = all_rows(torch.cat([document_keys(b.tokens, **documents_in(b)) for b in batches]), alone=alone)
     how = {"temperature": config.temperature, "symmetric": config.symmetric, "dims": config.matryoshka_dims}
-    losses = contrastive(embedded, everywhere, first, keys=keys, **how)
+    losses = contrastive(embedded, everywhere, first, keys=keys, by_angle=by_angle, **how)
     same = repeated(keys[:, :2], first, len(embedded))
-    own = ranks_of_own(embedded[:, 0], everywhere[:, 1], first, left_out=same)
+    own = ranks_of_own(embedded[:, 0], everywhere[:, 1], first, left_out=same, by_angle=by_angle)
     tally.add(loss=losses, recall_at_1=own == 1, mrr=1 / own)
     return losses.sum() / count
 
 
 @torch.no_grad()
-def evaluate_search(config: Config, model: Decoder, pooling: str, loader: Loader, tally: Tally, world: World) -> Row:
+def evaluate_search(
+    config: Config, model: Decoder, embedder: Embedder, loader: Loader, tally: Tally, world: World
+) -> Row:
     """Of each held-out query, how it finds its own among the documents of all; of all ranks."""
     model.eval()
     batches = list(one_epoch(loader, world.device))
-    embedded = torch.cat([embed(model, pooling, batch) for batch in batches])
+    embedded = torch.cat([embed(model, embedder.pooling, batch) for batch in batches])
     model.train()
-    mean_loss(config, embedded, batches, 1, tally, world)
+    mean_loss(config, embedded, batches, 1, embedder.by_angle, tally, world)
     return tally.row(prefix="eval_")
 
 
@@ -245,15 +255,15 @@ def main(config: Config) -> None:
 
 def train(config: Config, run: Run, world: World) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir)
+    embedder = read_embedder(config.checkpoint_dir).choose(pooling=config.pooling, similarity=config.similarity)
     with main_first():  # the others find its tokens in the cache
-        samples, held_out, summary = build_texts(config, tokenizer)
+        samples, held_out, summary = build_texts(config, tokenizer, embedder.settings_of_texts())
 
     base = state.base_fingerprint(config.checkpoint_dir)
     saved = checkpoint.latest(run.path, run.id, base=base)
     keep = saved.read("plan") if saved else None
     model = build_model(config, world.device)
-    found_pooling = config.pooling or read_pooling(config.checkpoint_dir)
-    pooling = found_pooling or ("mean" if isinstance(model, Encoder) else "last")
+    embedder = embedder.choose(pooling=embedder.pooling or ("mean" if isinstance(model, Encoder) else "last"))
     trial_head = lambda hidden, _: hidden.float().square()  # noqa: E731  the loss is nothing beside the model
     shape = {"seq_len": config.seq_len, "packed": True, "device": world.device}
     found = plans(
@@ -293,7 +303,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.data_size
     sizes = {"steps": total_steps, "rows": rows_per_step, "seq_len": config.seq_len, "step": step, "output": run.path}
-    facts = {"pooling": pooling, "data": str(summary)}
+    facts = {"pooling": embedder.pooling, "data": str(summary)}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
     first_panel(console, "Embeddings", facts, masked_tokens(loader.samples[0], tokenizer))
@@ -307,7 +317,7 @@ def train(config: Config, run: Run, world: World) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     guard = Guard(config.guard)
     if eval_loader and step == 0:
-        metrics.write({"step": 0, **evaluate_search(config, model, pooling, eval_loader, eval_tally, world)})
+        metrics.write({"step": 0, **evaluate_search(config, model, embedder, eval_loader, eval_tally, world)})
     if saved:
         guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
@@ -326,8 +336,9 @@ def train(config: Config, run: Run, world: World) -> None:
             world.begin_step(step)
             lr = float(optimizer.param_groups[0]["lr"])
 
-            of_all = partial(mean_loss, config, batches=window, count=count, tally=tally, world=world)
-            own_loss = backward_together(window, partial(embed, model, pooling), of_all)
+            how_many = {"batches": window, "count": count, "by_angle": embedder.by_angle}
+            of_all = partial(mean_loss, config, **how_many, tally=tally, world=world)
+            own_loss = backward_together(window, partial(embed, model, embedder.pooling), of_all)
             loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
             grad_norm = clip_grad_norm(params, config.clip_grad_norm)
             rows = [place for batch in window for place in batch.where]
@@ -350,7 +361,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row |= evaluate_search(config, model, pooling, eval_loader, eval_tally, world)
+                        row |= evaluate_search(config, model, embedder, eval_loader, eval_tally, world)
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)
@@ -370,10 +381,10 @@ def train(config: Config, run: Run, world: World) -> None:
     export = run.path / "export"
     dtype = DTYPES[config.export_dtype]
     save_trained(model, export, checkpoint_dir=config.checkpoint_dir, tokenizer=tokenizer, dtype=dtype)
-    texts = (config.dataset or config.datasets[0]).args
-    prompts = {name: str(texts.get(name, "")) for name in ("query_prompt", "document_prompt")}
-    text_len, pad = int(texts.get("text_len", 128)), tokenizer.decode([tokenizer.pad_id])
-    save_modules(export, pooling=pooling, dim=model.config.dim, seq_len=text_len, pad_token=pad, **prompts)
+    texts = (config.dataset or config.datasets[0]).with_defaults(embedder.settings_of_texts()).args
+    prompts = {name: str(texts.get(f"{name}_prompt", "")) for name in ("query", "document")}
+    trained = replace(embedder, prompts=embedder.prompts | prompts, max_seq_len=int(texts.get("text_len", 128)))
+    save_modules(export, trained, dim=model.config.dim, pad_token=tokenizer.decode([tokenizer.pad_id]))
     where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
     last_panel(console, "Done", where, {})
 

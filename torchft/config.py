@@ -12,7 +12,8 @@ class Config:
 
 import inspect
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class Component:
     def takes(self, name: str) -> bool:
         """Whether the component has a parameter of that name."""
         return name in inspect.signature(registry.resolve(self.name)).parameters
+
+    def with_defaults(self, offered: Mapping[str, Any]) -> "Component":
+        """The component with those of ``offered`` that it takes and has no value of its own for."""
+        return replace(self, args={name: value for name, value in offered.items() if self.takes(name)} | self.args)
 
     def call(self, **offered: Any) -> Any:
         """Call the component with its own arguments and, of ``offered``, those that it takes."""

@@ -3,6 +3,7 @@ sentence-transformers."""
 
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
@@ -28,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from torchft import shipped
 from torchft.errors import UserError
-from torchft.sentence_transformers import read_pooling
+from torchft.sentence_transformers import Embedder, read_embedder, save_modules
 from torchft.training.metrics import read_rows
 
 SGD = "optimizer={_component_: torch.optim.SGD, lr: 0.02}"
@@ -122,7 +123,7 @@ def test_training_is_transformers(run, base, encoder, tmp_path, kind, pooling):
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     again = AutoModel.from_pretrained(out / "export", dtype=torch.float32)
     assert largest_difference(dict(again.named_parameters()), dict(model.named_parameters())) < 1e-4
-    assert read_pooling(out / "export") == pooling
+    assert read_embedder(out / "export").pooling == pooling
 
 
 def test_it_learns_to_find(run, encoder, tmp_path):
@@ -209,6 +210,27 @@ def test_sentence_transformers_reads_the_export(run, base, encoder, tmp_path):
         assert (got - F.normalize(want, dim=-1)).abs().max() < 1e-5
 
 
+def test_a_sentence_transformers_folder_is_gone_on_with(run, encoder, tmp_path):
+    """Its prompts, length, pooling and similarity are trained, and written again."""
+    folder = tmp_path / "folder"
+    shutil.copytree(encoder, folder)
+    was = Embedder(
+        pooling="cls", similarity="dot", is_normalized=False, max_seq_len=6,
+        prompts={"query": "hello ", "document": "world ", "other": "day "}, default_prompt="other",
+    )  # fmt: skip
+    save_modules(folder, was, dim=128, pad_token="<|end_of_text|>")
+    common = ["temperature=50", SGD, CONSTANT, "epochs=1"]
+    told = run(tmp_path / "told", f"checkpoint_dir={folder}", *common)
+    assert read_embedder(told / "export") == was
+    said = ["dataset.query_prompt='hello '", "dataset.document_prompt='world '", "dataset.text_len=6"]
+    asked = run(tmp_path / "asked", f"checkpoint_dir={encoder}", *common, *said, "pooling=cls", "similarity=dot")
+    assert losses(told).tolist() == losses(asked).tolist()
+    angle = run(tmp_path / "angle", f"checkpoint_dir={folder}", *common, "similarity=cosine", "dataset.text_len=9")
+    assert (losses(angle) - losses(told)).abs().max() > 1e-3
+    left = read_embedder(angle / "export")
+    assert (left.similarity, left.max_seq_len, left.prompts) == ("cosine", 9, was.prompts)
+
+
 def test_bad_choices_are_named(run, encoder, tmp_path):
     with pytest.raises(UserError, match="matryoshka_dims: 256 is no width of an embedding of 128"):
         run(tmp_path / "run", f"checkpoint_dir={encoder}", "matryoshka_dims=[64, 256]")
@@ -216,7 +238,7 @@ def test_bad_choices_are_named(run, encoder, tmp_path):
     modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}]
     (tmp_path / "folder" / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="has Dense, which torchft does not have"):
-        read_pooling(tmp_path / "folder")
+        read_embedder(tmp_path / "folder")
 
 
 def test_golden_losses(run, encoder, tmp_path):

@@ -3,6 +3,7 @@ those of all queries (https://arxiv.org/abs/1807.03748), at several widths if wa
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,8 +62,8 @@ def document_keys(tokens: Tensor, *, positions: Tensor | None, count: int, docum
 def repeated(keys: Tensor, first: int, count: int) -> Tensor:
     """[count, m + negatives] bool: which documents of all are no negatives of a query, because they answer it too.
 
-    Those with the text of its own document, and those of a query with its text; its own document is not among them. Of
-    the samples from ``first`` on, by the `document_keys` [m, 2 + n] of all; the documents in the order of `contrastive`.
+    Those with the text of its own document, and those of a query with its text; its own document is not among them.
+    ``count`` samples from ``first`` on, of all with `document_keys` [m, 2 + n]; documents as `contrastive` orders them.
     (https://arxiv.org/abs/2506.05176, section 3, leaves out documents that equal the query's own.)
     """
     own = keys[first : first + count]
@@ -83,6 +84,7 @@ def info_nce(
     all_queries: Tensor | None = None,
     own: Tensor | None = None,
     left_out: Tensor | None = None,
+    by_angle: bool = True,
 ) -> Tensor:
     """-log softmax(cos(query, documents) / temperature) at each query's own document, [q] in nats.
 
@@ -92,8 +94,10 @@ def info_nce(
             query, at ``own`` [q], among all queries.
         left_out: [q, n] bool, documents that are no negatives of a query; the first m belong to ``all_queries``, which
             are no negatives of its document then.
+        by_angle: False: the dot product in place of its cosine.
     """
-    queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    normalize = partial(F.normalize, dim=-1) if by_angle else lambda x: x
+    queries, documents = normalize(queries), normalize(documents)
     scores = queries @ documents.T / temperature
     if left_out is not None:
         scores = scores.masked_fill(left_out, -torch.inf)
@@ -101,7 +105,7 @@ def info_nce(
     if all_queries is None:
         return losses
     assert own is not None
-    back = documents[targets] @ F.normalize(all_queries, dim=-1).T / temperature
+    back = documents[targets] @ normalize(all_queries).T / temperature
     if left_out is not None:
         back = back.masked_fill(left_out[:, : len(all_queries)], -torch.inf)
     return (losses + F.cross_entropy(back, own, reduction="none")) / 2
@@ -116,6 +120,7 @@ def contrastive(
     symmetric: bool = False,
     dims: Sequence[int] = (),
     keys: Tensor | None = None,
+    by_angle: bool = True,
 ) -> Tensor:
     """`info_nce` of this rank's samples among all, [samples]; of several widths the sum.
 
@@ -139,16 +144,21 @@ def contrastive(
             all_queries=part[:, 0] if symmetric else None,
             own=own,
             left_out=left_out,
+            by_angle=by_angle,
         )
     return losses
 
 
 @torch.no_grad()
-def ranks_of_own(queries: Tensor, documents: Tensor, first: int = 0, left_out: Tensor | None = None) -> Tensor:
+def ranks_of_own(
+    queries: Tensor, documents: Tensor, first: int = 0, *, left_out: Tensor | None = None, by_angle: bool = True
+) -> Tensor:
     """The rank of each query's document, ``documents[first + i]`` of ``queries[i]``, by cosine; 1 = the best; [q].
 
-    ``left_out`` [q, n] bool: documents that are not counted.
+    ``left_out`` [q, n] bool: documents that are not counted. ``by_angle`` False: by the dot product.
     """
-    similarity = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
+    if by_angle:
+        queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    similarity = queries @ documents.T
     is_better = similarity > similarity.diagonal(first)[:, None]
     return 1 + (is_better if left_out is None else is_better & ~left_out).sum(1)

@@ -87,7 +87,7 @@ def test_the_same_text_is_no_negative(symmetric):
 def test_keys_are_of_the_tokens():
     """In packed rows, in rows of one document, wherever they stand; the order of tokens counts, and their number."""
     texts = [[5, 6, 7], [5, 6, 7], [7, 6, 5], [5, 6], [5, 6, 7, 0]]
-    row = torch.tensor([sum(texts, [])])
+    row = torch.tensor([[token for text in texts for token in text]])
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     keys = document_keys(row, positions=positions, count=5, documents_of=torch.arange(5)[:, None]).flatten()
     assert keys[0] == keys[1] and len(keys.unique()) == 4

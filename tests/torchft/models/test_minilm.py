@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from torchft import models, tokenizers
-from torchft.sentence_transformers import read_pooling
+from torchft.sentence_transformers import read_embedder
 
 TEXTS = [
     "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.",
@@ -29,7 +29,7 @@ def folder():
 
 
 def test_minilm(folder):
-    assert read_pooling(folder) == "mean"
+    assert read_embedder(folder).pooling == "mean"
     model, tokenizer = models.load(folder, dtype=torch.float32), tokenizers.load(folder)
     theirs, their_tokenizer = (
         AutoModel.from_pretrained(folder, dtype=torch.float32),
