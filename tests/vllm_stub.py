@@ -33,6 +33,7 @@ class Stub:
         self.lock = threading.Lock()
         self.seen = Counter()  # requests by path
         self.failures = 0  # of the next requests, with 503
+        self.cuts = False  # the ends off the texts of failures
         self.ignores_temperature = False
         self.max_model_len = 256
         self.change = lambda choice: None  # made to every answer
@@ -111,6 +112,11 @@ class Stub:
         return engine(model, tokenizer, num_slots=1, max_len=models.sizes(self.base).vocab_size)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # callers at once; of more than this the system resets some: by default there are 5
+
+
 @contextmanager
 def served(base):
     """A `Stub` at its ``url``."""
@@ -129,15 +135,14 @@ def served(base):
             except Refused as e:
                 status, text = e.args
             self.send_response(status)
-            self.send_header("Content-Length", str(len(text.encode())))
+            self.send_header("Content-Length", str(len(text.encode()) + 10 * (stub.cuts and status >= 400)))
             self.end_headers()
             self.wfile.write(text.encode())
 
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

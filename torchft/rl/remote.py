@@ -172,12 +172,13 @@ class RemoteEngine:
         wait, end = FIRST_WAIT_S, time.monotonic() + self._config.patience_s
         while not self._lost.is_set():
             try:
-                with urllib.request.urlopen(asked, timeout=self._config.timeout_s) as answer:
-                    return bytes(answer.read())
-            except urllib.error.HTTPError as e:
-                problem, final = f"{e.code}: {e.read()[:500].decode(errors='replace')}", e.code < 500 and e.code != 429
+                status, text = self._answer(asked)
             except (OSError, HTTPException) as e:  # refused, reset, timed out, cut off
                 problem, final = repr(getattr(e, "reason", e)), False
+            else:
+                if status < 400:
+                    return text
+                problem, final = f"{status}: {text[:500].decode(errors='replace')}", status < 500 and status != 429
             if final or time.monotonic() + wait > end:
                 self._lost.set()
                 tried = "" if final else f", asked again for {self._config.patience_s:g} s"
@@ -188,6 +189,15 @@ class RemoteEngine:
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
         raise UserError(f"rollout.server: {self._config.url} is lost")
+
+    def _answer(self, asked: urllib.request.Request) -> tuple[int, bytes]:
+        """Status and text. OSError or HTTPException where there is none, or not all of it."""
+        try:
+            with urllib.request.urlopen(asked, timeout=self._config.timeout_s) as answer:
+                return answer.status, bytes(answer.read())
+        except urllib.error.HTTPError as e:
+            with e:
+                return e.code, e.read()
 
 
 def _way_out(path: str) -> str:

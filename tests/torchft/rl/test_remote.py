@@ -71,6 +71,12 @@ def test_a_server_that_is_back_in_time_is_asked_again_and_counted(stub, local, c
     assert "503: overloaded; asking again for 5 s" in caplog.text and len(caplog.records) == 1
 
 
+def test_a_failure_whose_text_is_cut_off_is_asked_again(stub, local):
+    own = client(stub, local[1])
+    stub.failures, stub.cuts = 2, True
+    assert len(own.complete(questions(local[1], Sampling(max_new_tokens=3)))) == 6 and own.num_retries == 2
+
+
 def test_a_server_that_is_gone_is_named(stub, local):
     own = client(stub, local[1], patience_s=0.3)
     stub.failures = 10**6
