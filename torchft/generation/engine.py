@@ -10,10 +10,12 @@ their adapters: what training changes, the next step uses.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
+from torchft.generation.compiled import CompiledStep
 from torchft.generation.cuda_graphs import Graphs
 from torchft.generation.requests import Completion, Finish, Request, Running, Update
 from torchft.generation.slots import Slots, Start
@@ -34,8 +36,8 @@ class Engine:
         stop_ids: tokens that end an answer.
         vocab_size: only ids below it are drawn; None: all that the model has.
         decode: ids -> text, for requests with stop texts.
-        compile: a backend of torch.compile for a block's step of one token, which then always computes all slots;
-            None: it runs as it is.
+        compile: a backend of torch.compile for the step of one token, which then always computes all slots; None: it
+            runs as it is.
     """
 
     def __init__(
@@ -62,10 +64,7 @@ class Engine:
             vocab_size=vocab_size or model.config.vocab_size,
         )
         self._graphs = Graphs(self._slots.moved) if device.type == "cuda" else None
-        self._stance = "default" if compile else "force_eager"
-        if compile:
-            for layer in model.layers:
-                layer.compile(backend=compile, fullgraph=True, dynamic=False)
+        self._compiled = CompiledStep(model, self._slots, backend=compile) if compile else None
         self._queue: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}  # by slot
         self._submitted = 0
@@ -116,12 +115,12 @@ class Engine:
             return updates
         longest = max(len(r.request.prompt) + r.count for r in self._running.values())
         seen = _power_of_two(longest + self._steps, most=self.max_len)
-        used = self.num_slots if self._stance == "default" else max(self._running) + 1
+        used = self.num_slots if self._compiled else max(self._running) + 1
         rows = _power_of_two(used, most=self.num_slots)
         filtered = self._is_filtered()
         self._slots.cache.see(seen)
         step = partial(self._slots.step, rows, filtered=filtered)
-        with torch.compiler.set_stance(self._stance):
+        with self._compiled.used() if self._compiled else nullcontext():
             for _ in range(self._steps):
                 if self._graphs is None:
                     step()

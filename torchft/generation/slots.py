@@ -44,6 +44,7 @@ class Slots:
         self.logps = torch.zeros(num_slots, max_len + 1, device=device)  # fp32
         self.rules = rules([Sampling()] * num_slots, [0] * num_slots, vocab_size=vocab_size, device=device)
         self.seen: Tensor | None = None  # [slots, v] bool, from the first repetition penalty on
+        self.head, self.sample = _first_logits, sample  # of a step: generation/compiled.py
         self._rows = torch.arange(num_slots, device=device)
 
     def prefill(self, starts: list[Start], prompts: list[tuple[int, ...]], *, length: int, filtered: bool) -> None:
@@ -75,10 +76,10 @@ class Slots:
         self._draw(logits[source], slots, filtered=filtered)
 
     def step(self, num_rows: int, *, filtered: bool) -> None:
-        """One token for each of the first ``num_rows`` slots."""
+        """One token for each of the first ``num_rows`` slots. Those that are done look at their first place alone."""
         rows = self._rows[:num_rows]
-        position = self.length[:num_rows, None] - 1
-        logits = self.model(self.token[:num_rows, None], position, head=_first_logits, cache=self.cache)
+        position = torch.where(self.is_done, 0, self.length - 1)[:num_rows, None]
+        logits = self.model(self.token[:num_rows, None], position, head=self.head, cache=self.cache)
         self._draw(logits, rows, filtered=filtered)
 
     def moved(self) -> list[Tensor]:
@@ -91,7 +92,7 @@ class Slots:
         own = Rules(*(column[rows] for column in self.rules))
         seen = None if self.seen is None else self.seen[rows]
         count, is_done = self.count[rows], self.is_done[rows]
-        token, logp = sample(logits, own, count, seen=seen, filtered=filtered, vocab_size=self.vocab_size)
+        token, logp = self.sample(logits, own, count, seen=seen, filtered=filtered, vocab_size=self.vocab_size)
         self.answers[rows, count], self.logps[rows, count] = token, logp  # of rows that are done never read
         self.token[rows] = token
         if self.seen is not None:

@@ -36,8 +36,8 @@ def attend(
         return _flex(q, k, v, seen, scale, soft_cap, sinks)
     assert soft_cap is None, "a layer with capped scores needs Sight(soft_cap=True)"
     if seen.kernel == "cached":
-        assert seen.lengths is not None
-        cached: Tensor = cached_attention(q, k, v, seen.lengths, scale, seen.window, sinks)
+        places = (seen.lengths, seen.cu_seqlens, seen.cu_seqlens_k)
+        cached: Tensor = cached_attention(q, k, v, *places, scale, seen.window, sinks)
         return cached
     if seen.chunks:
         parts = [

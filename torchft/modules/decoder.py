@@ -222,8 +222,8 @@ class Decoder(nn.Module):
         kinds, dim = set(self.sights), self.config.head_dim
         if cache is not None and cache.num_slots is not None:
             assert positions is not None, "a cache needs positions"
-            slots = cache.num_slots
-            return {sight: visible_in_cache(x, sight.head_dim or dim, sight, positions, slots) for sight in kinds}
+            slots = (cache.num_slots, cache.reach or cache.num_slots)
+            return {sight: visible_in_cache(x, sight.head_dim or dim, sight, positions, *slots) for sight in kinds}
         shards = self.shards if cache is None else None
         return {sight: visible(x, sight.head_dim or dim, sight, positions, documents, shards) for sight in kinds}
 

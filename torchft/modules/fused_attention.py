@@ -104,19 +104,20 @@ def cached_attention(
     k: Tensor,
     v: Tensor,
     lengths: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Of one query per row, q [b, 1, h, c], over the first ``lengths`` [b] int32 slots of k, v [b, slots, k, c], of
-    which the last is its own -> [b, 1, h, c]. ``window`` and ``sinks`` as in `fused_attention`. Without gradient."""
-    b, slots = k.shape[:2]
-    ends = torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    which the last is its own -> [b, 1, h, c]. ``cu_seqlens``, ``cu_seqlens_k`` [b + 1] int32: multiples of 1 and of
+    slots, made once for all layers. ``window`` and ``sinks`` as in `fused_attention`. Without gradient."""
     # Not "causal", which says nothing new of a last query: only then the kernel reads keys once for all heads that
     # share them, and splits long rows.
     left, right = (-1, -1) if window is None else (window - 1, 0)
     out, lse = aten._flash_attention_forward(
-        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends * slots, 1, slots, 0.0, False, False,
+        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, cu_seqlens_k, 1, k.shape[1], 0.0, False, False,
         scale=scale, window_size_left=left, window_size_right=right, seqused_k=lengths,
     )[:2]  # fmt: skip
     if sinks is not None:  # lse [h, b]
@@ -130,6 +131,8 @@ def _cached_shape(
     k: Tensor,
     v: Tensor,
     lengths: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,

@@ -49,6 +49,7 @@ class Visible(NamedTuple):
     shards: TokenShards | None = None  # queries are a part of the rows, keys and values come from the other ranks too
     chunks: tuple[Chunk, ...] = ()  # flash: where the parts of the queries lie
     lengths: Tensor | None = None  # cached: [b] int32, slots of a KV cache up to the row's one query
+    cu_seqlens_k: Tensor | None = None  # cached: [b + 1] int32, where each row's slots start
     causal: bool = True
 
 
@@ -107,11 +108,15 @@ def visible(
     return found
 
 
-def visible_in_cache(x: Tensor, head_dim: int, sight: Sight, positions: Tensor, num_slots: int) -> Visible:
+def visible_in_cache(
+    x: Tensor, head_dim: int, sight: Sight, positions: Tensor, num_slots: int, row_slots: int
+) -> Visible:
     """For rows x [b, s, d] at ``positions`` [b, s] of a KV cache whose slot number is the position: slots up to their
-    own, of the first ``num_slots``."""
+    own, of the first ``num_slots`` of each row's ``row_slots``."""
     if x.shape[1] == 1 and sight.chunk is None and _kernel(x, head_dim, sight.soft_cap) in ("flash", "cudnn"):
-        return Visible("cached", sight.window, lengths=positions[:, 0].int() + 1)
+        ends = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
+        lengths = positions[:, 0].int() + 1
+        return Visible("cached", sight.window, ends, lengths=lengths, cu_seqlens_k=ends * row_slots)
     slots = torch.arange(num_slots, device=positions.device)
     delta = positions[:, :, None] - slots
     mask = delta >= 0 if sight.window is None else (delta >= 0) & (delta < sight.window)  # [b, s, slots]

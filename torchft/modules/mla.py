@@ -77,6 +77,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             assert positions is not None
             latent, key = (y[:, : cache.seen] for y in cache.update(positions, latent, key))
+            if seen.cu_seqlens is not None:  # where rows of so many slots start
+                seen = seen._replace(cu_seqlens_k=seen.cu_seqlens * latent.shape[1])
         t = latent.shape[1]
         kv = self.kv_b_proj(latent).view(b, t, self.num_heads, -1)  # [b, t, h, n + c]
         plain, v = kv.split((self.plain_dim, self.value_dim), dim=-1)

@@ -4,36 +4,17 @@ All L blocks of a model have one graph, so it is compiled once. Settings here ar
 reads them when it partitions a graph, and they are part of the key of its cache.
 """
 
-import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.utils import compile_times, counters
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from torchft.files import cache_folder
+from torchft import compiling
 from torchft.modules.decoder import Decoder
-
-
-def keep_compiled() -> Path:
-    """From here on compiled code is kept in the user's cache folder, apart for each version of torch and Python.
-
-    Call it before the first compilation. $TORCHINDUCTOR_CACHE_DIR and $TRITON_CACHE_DIR win if they are set. Without
-    it torch uses the folder for temporary files, which rarely outlives a machine's restart.
-    """
-    versions = f"torch-{torch.__version__}-py{platform.python_version()}"
-    folder = cache_folder() / "compiled" / versions
-    for name, path in {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder / "triton"}.items():
-        if os.environ.get(name, default_cache_dir()).startswith(default_cache_dir()):  # torch sets them when imported
-            os.environ[name] = str(path)
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 def compile_blocks(model: Decoder, *, budget: float = 1.0, backend: str = "inductor") -> None:
@@ -43,14 +24,11 @@ def compile_blocks(model: Decoder, *, budget: float = 1.0, backend: str = "induc
     about 0.7 it recomputes matrix multiplications and attention. At another budget than before, what has been compiled
     is forgotten.
     """
-    keep_compiled()
+    compiling.prepare()
     if functorch_config.activation_memory_budget != budget:
         torch.compiler.reset()
     for name, value in _settings(budget).items():
         setattr(functorch_config, name, value)
-    # Two kinds of layers, with and without gradients, with and without adapters, in two shapes are 16 graphs already,
-    # and torch's 8 hold for all blocks of a class together.
-    dynamo_config.recompile_limit = 64
     if _with_gradient not in model.embed_tokens._forward_hooks.values():
         model.embed_tokens.register_forward_hook(_with_gradient)
     for layer in model.layers:

@@ -18,7 +18,7 @@ from torchft.losses.likelihood import token_logps
 from torchft.modules import attend as attend_file
 from torchft.modules import masks
 from torchft.modules.fused_attention import cached_attention
-from torchft.training.compile import compiled
+from torchft.training.compile import compile_blocks, compiled
 
 LENGTHS = (5, 33, 1, 17, 60, 16, 2)
 PROMPTS = [tokens(1, n, seed=n, vocab_size=97)[0].tolist() for n in LENGTHS]
@@ -222,7 +222,46 @@ def test_compiled_steps_find_the_same(monkeypatch):
         runs = engine(model, compile="aot_eager")
         before = compiled().graphs
         found = runs.complete(requests(temperature=0.0))
-    assert compiled().graphs - before == 1  # prefill runs as it is; all steps have one shape
+    assert compiled().graphs - before == 3  # all blocks, the projection, the draw; prefill runs as it is
+    assert [c.tokens for c in found] == [c.tokens for c in want]
+
+
+@pytest.mark.parametrize("trains_compiled", [False, True])
+def test_a_compiled_engine_and_training_leave_each_other_alone(trains_compiled):
+    """Adapters learn between rollouts: nothing compiles again, and answers are those of a plain engine."""
+    model = decoder()
+    apply_lora(model, LoRAConfig(rank=4))
+    init_adapters(model)
+    if trains_compiled:
+        compile_blocks(model, backend="aot_eager")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=30.0)
+    runs, plain = engine(model, compile="aot_eager", stop_ids=()), engine(model, stop_ids=())
+    counts, answers = [], []
+    for _ in range(3):
+        found = runs.complete(requests(temperature=0.0))
+        assert [c.tokens for c in found] == [c.tokens for c in plain.complete(requests(temperature=0.0))]
+        answers.append([c.tokens for c in found])
+        for own in (runs, plain):
+            own.release()
+        model.train()
+        model(tokens(2, 32, vocab_size=97), head=lambda hidden, project: project(hidden).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        counts.append(compiled().graphs)
+    assert counts[0] == counts[1] == counts[2] and answers[0] != answers[1] != answers[2]
+    assert all((layer._compiled_call_impl is not None) == trains_compiled for layer in model.layers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_step_of_every_family_is_one_graph(case, tmp_path):
+    """Nothing in it makes the compiler give up, and layers of a kind share theirs."""
+    theirs = transformers_model(**CASES[case])
+    theirs.save_pretrained(tmp_path)
+    ours = models.load(tmp_path, dtype=torch.float32)
+    torch.compiler.reset()  # the families before have filled what one process may hold
+    asked = requests(PROMPTS[:3], temperature=0.0, max_new_tokens=6)
+    want = engine(ours, num_slots=2).complete(asked)
+    found = engine(ours, num_slots=2, compile="eager").complete(asked)
     assert [c.tokens for c in found] == [c.tokens for c in want]
 
 

@@ -164,7 +164,7 @@ def cached_errors(way, *, dtype=torch.float32, device="cpu", slots=200, heads=8,
     q, k, v = (x.to(device, dtype) for x in (q, k, v))
     sinks = None if sinks is None else sinks.to(device)
     positions = torch.tensor(lengths, device=device)[:, None] - 1
-    seen = masks.visible_in_cache(q.flatten(2), c, Sight(way.get("window")), positions, slots)
+    seen = masks.visible_in_cache(q.flatten(2), c, Sight(way.get("window")), positions, slots, slots)
     assert seen.kernel == "cached"
     got = attend(q, k, v, seen, scale=way.get("scale"), sinks=sinks)
     rules = {"window": way.get("window"), "scale": way.get("scale"), "sinks": sinks}

@@ -76,7 +76,7 @@ def test_block_mask_is_torchs(lengths, window):
 
 def test_cache_slots():
     at = torch.tensor([[4, 5], [0, 1]])
-    mask = visible_in_cache(torch.zeros(2, 2, 8), 8, Sight(chunk=4, window=2), at, 7).mask
+    mask = visible_in_cache(torch.zeros(2, 2, 8), 8, Sight(chunk=4, window=2), at, 7, 7).mask
     want = [[[4], [4, 5]], [[0], [0, 1]]]
     assert [[m.nonzero().flatten().tolist() for m in row] for row in mask[:, 0]] == want
 

@@ -1,0 +1,29 @@
+"""What compilation for training and for generation have in common."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+import torch._dynamo.config as dynamo_config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from torchft.files import cache_folder
+
+
+def prepare() -> Path:
+    """From here on compiled code is kept in the user's cache folder, apart for each version of torch and Python, and a
+    class of blocks may have many graphs.
+
+    Call it before the first compilation. Returns the folder; $TORCHINDUCTOR_CACHE_DIR and $TRITON_CACHE_DIR win if they
+    are set. Without it torch uses the folder for temporary files, which rarely outlives a machine's restart.
+    """
+    # Two kinds of layers, with and without gradients, with and without adapters, in two shapes are 16 graphs already,
+    # and torch's 8 hold for all blocks of a class together.
+    dynamo_config.recompile_limit = 64
+    versions = f"torch-{torch.__version__}-py{platform.python_version()}"
+    folder = cache_folder() / "compiled" / versions
+    for name, path in {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder / "triton"}.items():
+        if os.environ.get(name, default_cache_dir()).startswith(default_cache_dir()):  # torch sets them when imported
+            os.environ[name] = str(path)
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])

@@ -1,0 +1,43 @@
+"""A step of one token per slot, compiled, apart from what training has compiled of the same blocks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from torchft import compiling
+from torchft.generation.slots import Slots
+from torchft.modules.decoder import Decoder
+
+
+class CompiledStep:
+    """Blocks, output layer and draws of a step, compiled at the first one. All layers of a kind share a graph.
+
+    ``backend``: torch.compile's. For a single slot inductor makes and tunes kernels of its own for the products with
+    weights, as cuBLAS does not reach the memory's speed (https://pytorch.org/blog/accelerating-generative-ai-2/).
+    """
+
+    def __init__(self, model: Decoder, slots: Slots, *, backend: str) -> None:
+        compiling.prepare()
+        how: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+        if backend == "inductor" and slots.num_slots == 1:
+            how["options"] = {"coordinate_descent_tuning": True}  # also makes a product with one row a sum
+        slots.head, slots.sample = torch.compile(slots.head, **how), torch.compile(slots.sample, **how)
+        self._layers = list(model.layers)
+        self._calls: list[Callable[..., Any]] = [torch.compile(layer._call_impl, **how) for layer in self._layers]
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, calls of blocks are these; outside they stay what they were, training's own or none."""
+        kept = [layer._compiled_call_impl for layer in self._layers]
+        try:
+            self._set(self._calls)
+            with torch.compiler.set_stance("default"):
+                yield
+        finally:
+            self._set(kept)
+
+    def _set(self, calls: Sequence[Callable[..., Any] | None]) -> None:
+        for layer, call in zip(self._layers, calls):
+            layer._compiled_call_impl = call  # what nn.Module.compile sets
