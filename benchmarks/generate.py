@@ -1,18 +1,24 @@
 """Speed of generation with random weights; prints one JSON line.
 
-    python benchmarks/generate.py llama3/Llama-3.1-8B --batch-size 256 --prompt 512 --new 128
-    python benchmarks/generate.py qwen2/Qwen2.5-1.5B --batch-size 256
+    python benchmarks/generate.py llama3/Llama-3.1-8B --batch-size 1 --new 256 --compile
     python benchmarks/generate.py llama3/Llama-3.1-8B --batch-size 1 --new 256
+    python benchmarks/generate.py llama3/Llama-3.1-8B --batch-size 256 --compile
+    python benchmarks/generate.py qwen2/Qwen2.5-1.5B --batch-size 256 --compile --peers      # and transformers, twice
+    python benchmarks/generate.py llama3/Llama-3.1-8B --batch-size 64 --new 64 --compile --peers
+    python benchmarks/generate.py qwen2/Qwen2.5-1.5B --batch-size 256 --compile --profile 20  # where a step's time goes
 
 Decoding is measured apart from prefill: a run of ``--new`` tokens less one of a single token. ``roofline``: the time in
 which the GPU could read the weights and the cache once, over that of a step. Prompts differ, or are one per ``--group``
-of answers, as in GRPO, and then prefilled once.
+of answers, as in GRPO, and then prefilled once. ``--peers``: transformers' generate and its continuous batching answer
+the same prompts with as many tokens, on random weights of the same shape, after the engine has given its memory back.
 """
 
 import argparse
+import gc
 import json
 import time
 
+import peer_generation
 import torch
 
 from torchft import models
@@ -36,6 +42,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=1, help="answers of one prompt")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--compile", action="store_true", help="a block's step of one token")
+    parser.add_argument("--peers", action="store_true", help="transformers, on the same prompts")
+    parser.add_argument("--profile", type=int, default=0, help="print so many of a step's kernels, the longest first")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
 
@@ -50,7 +58,9 @@ def main() -> None:
         compile="inductor" if given.compile else None,
     )
     number = given.requests or given.batch_size
-    run(engine, given, number, new=given.new)  # captures graphs, makes the cache
+    began = time.perf_counter()
+    run(engine, given, number, new=given.new)  # compiles, captures graphs, makes the cache
+    start = time.perf_counter() - began
     first = run(engine, given, number, new=1)
     seconds = run(engine, given, number, new=given.new)
     decoding = (seconds - first) / (given.new - 1) / (number / given.batch_size)  # of one step
@@ -66,26 +76,51 @@ def main() -> None:
         "prefill_tokens_per_second": round(number * given.prompt / given.group / first),
         "step_ms": round(1e3 * decoding, 2),
         "roofline": None if bandwidth is None else round(read / bandwidth / decoding, 3),
+        "first_run_s": round(start, 1),
         "peak_memory_gib": round(peak_memory_gib(device), 2),
         "device": device_name(device),
         "torch": torch.__version__,
     }
+    if given.profile:
+        profile(engine, given)
+    if given.peers:
+        asked, json_of = prompts_of(given, config.vocab_size, number), model.hub_format.config_json
+        del engine, model
+        gc.collect()
+        how = {"new": given.new, "temperature": given.temperature, "device": device}
+        for name, speed in peer_generation.tokens_per_second(json_of, asked, **how).items():
+            result |= {f"transformers_{name}": round(speed)}
+            result |= {f"times_{name}": round(result["tokens_per_second"] / speed, 1)}
     print(json.dumps(result, default=str))
+
+
+def prompts_of(given: argparse.Namespace, vocab_size: int, number: int) -> list[list[int]]:
+    """Of each of ``number`` requests."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(5, vocab_size - 5, (number // given.group, given.prompt), generator=generator).tolist()
+    return [rows[i // given.group] for i in range(number)]
 
 
 def run(engine: Engine, given: argparse.Namespace, number: int, *, new: int) -> float:
     """Seconds of ``number`` requests for ``new`` tokens each."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        5, engine.model.config.vocab_size - 5, (number // given.group, given.prompt), generator=generator
-    )
     sampling = Sampling(temperature=given.temperature, max_new_tokens=new)
-    requests = [Request(prompt=prompts[i // given.group].tolist(), sampling=sampling, seed=i) for i in range(number)]
+    prompts = prompts_of(given, engine.model.config.vocab_size, number)
+    requests = [Request(prompt=prompt, sampling=sampling, seed=i) for i, prompt in enumerate(prompts)]
     began = time.perf_counter()
     completions = engine.complete(requests)
     seconds = time.perf_counter() - began
     assert all(len(c.tokens) == new for c in completions)
     return seconds
+
+
+def profile(engine: Engine, given: argparse.Namespace) -> None:
+    """Where the time of steps goes, by kernel; with prefills of one token's answers beside them, so look at shares."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with torch.profiler.profile(activities=kinds) as found:
+        run(engine, given, given.batch_size, new=min(given.new, 16))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=given.profile, max_name_column_width=80))
 
 
 if __name__ == "__main__":
