@@ -50,10 +50,24 @@ def hf_config(shape: str):
     )
 
 
+def byte_tokenizer(vocab_size: int, special: dict[str, int], *, eos: str, pad: str, bos: str | None = None):
+    """transformers' tokenizer of as many words as a model has: bytes, words without use, and ``special``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names += [f"<unused{i}>" for i in range(len(names), vocab_size)]
+    for name, index in special.items():
+        names[index] = name
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
 def saved_checkpoint(shape: str, folder: Path, device: torch.device) -> str:
     """Random weights and a byte tokenizer on disk, for peers that only load; kept for the next call."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     path = folder / shape
     complete = path / "complete"
@@ -61,16 +75,8 @@ def saved_checkpoint(shape: str, folder: Path, device: torch.device) -> str:
         with device:
             model = AutoModelForCausalLM.from_config(hf_config(shape), dtype=torch.bfloat16)
         model.save_pretrained(path)
-        names = sorted(pre_tokenizers.ByteLevel.alphabet())
-        names += [f"<unused {i}>" for i in range(len(names), VOCAB)]
-        for name, index in SPECIAL.items():
-            names[index] = name
-        tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
         bos, eos, pad = SPECIAL
-        saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
-        saved.save_pretrained(path)
+        byte_tokenizer(VOCAB, SPECIAL, bos=bos, eos=eos, pad=pad).save_pretrained(path)
         complete.touch()
         del model
         torch.cuda.empty_cache()
