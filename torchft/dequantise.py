@@ -1,6 +1,6 @@
 """Weight files whose matrices come in few bits, read as if they did not: blocks of FP8 (DeepSeek V3, Kimi K2), MXFP4
-(gpt-oss, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), and what torchao
-writes (quantise.py).
+(gpt-oss, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), what torchao writes
+(quantise.py), and NF4 (nf4_files.py).
 """
 
 import json
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from torchft.errors import UserError
+from torchft.nf4_files import DTYPES, STATE, NF4Files
 from torchft.weights import WeightFiles
 
 FP8_BLOCK = 128  # rows and columns of a matrix that share a scale
 MXFP4_BLOCK = 32  # consecutive weights of a row that share an exponent
 SCALE, BLOCKS, EXPONENTS = "_scale_inv", "_blocks", "_scales"  # ends of the names of what is stored
 QDATA = "._weight_qdata"  # and of torchao's codes of a weight
-TORCHAO = {  # tensors of torchao's that hold one code in each element, and what says that inputs are rounded too
+INT4 = "Int4Tensor"  # two codes in each byte; torchao's other tensors have one in each element
+TORCHAO = {  # tensors of torchao's that are read, and what says that inputs are rounded too
     "IntxUnpackedToInt8Tensor": "activation_quantization",
     "Int8Tensor": "act_quant_kwargs",
     "Float8Tensor": "act_quant_kwargs",
+    INT4: "activation_dtype",
 }
 INPUTS = {"IntxUnpackedToInt8Tensor": "int8", "Float8Tensor": "fp8"}  # to what: adapters/qat.py
-DTYPES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -32,6 +34,8 @@ def check_readable(quantised: Any, folder: Path) -> None:
     fields = quantised if isinstance(quantised, dict) else {"quant_method": quantised}
     kind = fields.get("quant_method", "unknown")
     if kind in ("mxfp4", "torchao") or (kind == "fp8" and fields.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]):
+        return
+    if kind == "bitsandbytes" and fields.get("bnb_4bit_quant_type") == "nf4":
         return
     raise UserError(
         f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
@@ -44,6 +48,8 @@ def open_weights(folder: Path) -> WeightFiles:
     files = WeightFiles(folder)
     if any(name.endswith(QDATA) for name in files.names()):
         return TorchaoFiles(folder)
+    if any(name.endswith(STATE) for name in files.names()):
+        return NF4Files(folder)
     return DequantisedFiles(folder) if any(name.endswith((SCALE, BLOCKS)) for name in files.names()) else files
 
 
@@ -123,15 +129,16 @@ class TorchaoFiles(WeightFiles):
         for name in (f"{part.removesuffix(QDATA)}.weight" for part in stored if part.endswith(QDATA)):
             try:
                 described = json.loads(about[name])
-                kind, dtype = described["_type"], described["_data"]["dtype"]["_data"]
+                kind, data = described["_type"], described["_data"]
+                dtype = super().dtype(_part(name, "scale")) if kind == INT4 else DTYPES[data["dtype"]["_data"]]
             except (KeyError, TypeError, ValueError):
-                kind, dtype, described = "unknown", "bfloat16", {}
-            if kind not in TORCHAO or dtype not in DTYPES:
+                kind, dtype, described = "unknown", "BF16", {}
+            if kind not in TORCHAO or dtype not in DTYPES.values():
                 raise UserError(
                     f"{folder}: {name} is torchao's {kind} in {dtype}, which torchft does not read (it reads "
                     f"{', '.join(TORCHAO)}): use transformers or vLLM, or the checkpoint that it was made of"
                 )
-            self._kinds[name] = described
+            self._kinds[name] = described | {"dtype": dtype}
 
     def names(self) -> set[str]:
         parts = {name for name in super().names() if name.rpartition(".")[2].startswith("_weight_")}
@@ -141,24 +148,46 @@ class TorchaoFiles(WeightFiles):
         return name in self.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return super().shape(name.removesuffix(".weight") + QDATA if name in self._kinds else name)
+        if name not in self._kinds:
+            return super().shape(name)
+        rows, columns = super().shape(_part(name, "qdata"))
+        return rows, columns * (2 if self._kinds[name]["_type"] == INT4 else 1)
 
     def dtype(self, name: str) -> str:
-        return DTYPES[self._kinds[name]["_data"]["dtype"]["_data"]] if name in self._kinds else super().dtype(name)
+        return str(self._kinds[name]["dtype"]) if name in self._kinds else super().dtype(name)
 
     def read(self, name: str, *region: slice) -> Tensor:
         if name not in self._kinds:
             return super().read(name, *region)
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict  # slow to import
 
-        parts = (f"{name.removesuffix('weight')}_weight_{part}" for part in self._kinds[name]["_tensor_data_names"])
+        parts = (_part(name, part) for part in self._kinds[name]["_tensor_data_names"])
         tensors = {part: super(TorchaoFiles, self).read(part) for part in parts}
         about = {name: self._about[name], "tensor_names": json.dumps([name])}
-        quantised, _ = unflatten_tensor_state_dict(tensors, about)
-        values: Tensor = quantised[name].dequantize()
+        quantised = unflatten_tensor_state_dict(tensors, about)[0][name]
+        values: Tensor = int4_values(quantised) if self._kinds[name]["_type"] == INT4 else quantised.dequantize()
         return values[region] if region else values
 
     def inputs(self) -> dict[str, str]:
         """The weights whose inputs are rounded too, and to what: "int8" or "fp8"."""
-        rounded = {n: d["_type"] for n, d in self._kinds.items() if d["_data"].get(TORCHAO[d["_type"]])}
-        return {name: INPUTS[kind] for name, kind in rounded.items()}
+        found = {}
+        for name, described in self._kinds.items():
+            kind, data = described["_type"], described["_data"]
+            if kind == INT4 and data["activation_dtype"]["_data"] != "bfloat16":
+                found[name] = "fp8"
+            elif kind != INT4 and data.get(TORCHAO[kind]):
+                found[name] = INPUTS[kind]
+        return found
+
+
+def int4_values(quantised: Any) -> Tensor:
+    """Of torchao's Int4Tensor [out, in], which has no ``dequantize``: of a byte's codes the low one comes first."""
+    codes = torch.stack((quantised.qdata << 4 >> 4, quantised.qdata >> 4), dim=-1).flatten(1)  # signs are kept
+    groups = codes.unflatten(1, (-1, quantised.block_size[1])).to(quantised.scale.dtype)
+    values: Tensor = groups * quantised.scale.t()[..., None] + quantised.zero_point.t()[..., None]
+    return values.flatten(1)
+
+
+def _part(name: str, part: str) -> str:
+    """What torchao calls a part of the weight ``name`` in a file."""
+    return f"{name.removesuffix('weight')}_weight_{part}"

@@ -1,5 +1,8 @@
 """The exceptions that are shown without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A user's mistake, shown without a traceback; the command line exits with code 2.
@@ -16,6 +19,15 @@ class UserError(ValueError):
         if len(self.problems) == 1:
             return self.problems[0]
         return f"{len(self.problems)} problems\n" + "\n".join(f"  - {p}" for p in self.problems)
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """A UserError of the block adds its problems to ``problems``, and what follows the block is checked too."""
+    try:
+        yield
+    except UserError as e:
+        problems += e.problems
 
 
 class LostContact(RuntimeError):

@@ -43,15 +43,9 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     cast, quantise, look for NaN and infinity. Raises UserError with every missing, unexpected or misshapen tensor
     before anything is copied, and with the names of tensors that are not finite.
     """
-    names = hub_format(model).names
     files, params = open_weights(folder), base_parameters(model)
-    params = {name: p for name, p in params.items() if not (names.fresh and re.search(names.fresh, name))}
-    names = _layout(files, names)
-    plan: dict[str, list[Piece]] = {}
-    for piece in pieces(params, names):
-        plan.setdefault(piece.name, []).append(piece)
-    _check_names(files, plan, names)
-    staging = Staging(next(iter(params.values())).device)
+    plan = places(model, files)
+    staging = Staging(params[next(iter(plan))].device)
     finite: dict[str, Tensor] = {}
     for name, parts in plan.items():
         param = params[name]
@@ -67,6 +61,18 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
             f"{folder}: {len(broken)} tensors hold NaN or infinity, such as {broken[:4]}: "
             "training from them cannot work; download or export the checkpoint again"
         )
+
+
+def places(model: nn.Module, files: WeightFiles) -> dict[str, list[Piece]]:
+    """Where in ``files`` each parameter lies, by our names. UserError for all that is missing, extra or misshapen."""
+    names, params = hub_format(model).names, base_parameters(model)
+    params = {name: p for name, p in params.items() if not (names.fresh and re.search(names.fresh, name))}
+    names = _layout(files, names)
+    plan: dict[str, list[Piece]] = {}
+    for piece in pieces(params, names):
+        plan.setdefault(piece.name, []).append(piece)
+    _check_names(files, plan, names)
+    return plan
 
 
 def _layout(files: WeightFiles, names: HubNames) -> HubNames:

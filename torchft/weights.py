@@ -79,6 +79,11 @@ class WeightFiles:
         """As the file spells it: BF16, F32, I8 ..."""
         return str(self._slice(name).get_dtype())
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the files on the disk."""
+        return sum(file.stat().st_size for file in {file for file, _ in self._where.values()})
+
     def metadata(self) -> dict[str, str]:
         """What the headers of the files say besides the tensors."""
         found: dict[str, str] = {}

@@ -107,6 +107,60 @@ def test_only_what_is_named_is_quantised_and_the_rest_is_bit_equal(tmp_path):
     assert "lm_head" in left and "model.layers.0.self_attn.q_proj" in left and len(left) == 2 * 6 + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_codes_in_a_byte_are_the_same_weights(tmp_path, dtype):
+    checkpoint(tmp_path / "source", dtype=dtype)
+    names = quantise(tmp_path / "source", tmp_path / "bytes", format="int4", dtype=dtype)
+    quantise(tmp_path / "source", tmp_path / "packed", format="int4", packed=True, dtype=dtype)
+    one, other = open_weights(tmp_path / "bytes"), open_weights(tmp_path / "packed")
+    assert one.names() == other.names()
+    for name in one.names():
+        assert torch.equal(one.read(name), other.read(name)) and one.dtype(name) == other.dtype(name), name
+        assert one.shape(name) == other.shape(name)
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert stored[NAME.replace(".weight", "._weight_qdata")].shape == (64, 48) and len(names) == 14
+    assert torch.equal(other.read(NAME, slice(3, 9), slice(33, 70)), one.read(NAME)[3:9, 33:70])
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "packed").get_parameter(NAME)).__name__ == "Int4Tensor"
+
+
+def test_layers_to_ignore(tmp_path):
+    checkpoint(tmp_path / "source")
+    ignore = ["o_proj", r"layers\.0\..*"]
+    names = quantise(tmp_path / "source", tmp_path / "q", format="int8", ignore=ignore)
+    assert len(names) == 6 and all(".1." in name and "o_proj" not in name for name in names)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
+    ours = models.load(tmp_path / "q", dtype=torch.float32)
+    assert violations({"logits": (ours(tokens()), theirs(tokens()).logits)}) == {}
+
+
+def test_a_head_is_quantised_if_it_is_named(tmp_path):
+    checkpoint(tmp_path / "source")
+    names = quantise(tmp_path / "source", tmp_path / "q", format="int8", targets=[".*"])
+    assert "lm_head.weight" in names and len(names) == 15
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q").eval()
+    assert type(theirs.lm_head.weight).__name__ == "Int8Tensor"
+    ours = models.load(tmp_path / "q", dtype=torch.float32)
+    assert violations({"logits": (ours(tokens()), theirs(tokens()).logits)}) == {}
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+def test_a_quantised_folder_is_not_quantised_again(tmp_path, format):
+    checkpoint(tmp_path / "source", intermediate_size=128)
+    quantise(tmp_path / "source", tmp_path / "q", format=format)
+    with pytest.raises(UserError, match="is quantised already"):
+        quantise(tmp_path / "q", tmp_path / "again", format="int8")
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    checkpoint(tmp_path / "source")
+    how = {"format": "fp8", "targets": ["gate", "up_proj"], "ignore": ["v_prj"]}
+    with pytest.raises(UserError) as e:
+        quantise(tmp_path / "source", tmp_path / "q", **how, section="a.")
+    text = str(e.value)
+    assert "4 problems" in text and "a.targets: 'gate'" in text and "a.ignore: 'v_prj'" in text
+    assert "a.format: fp8 needs a GPU" in text and "dtype: the products of fp8 give bf16" in text
+
+
 def test_half_of_a_fused_tensor_is_refused(tmp_path):
     transformers_model(**dense.PHI3).save_pretrained(tmp_path / "source")
     with pytest.raises(UserError, match=r"targets: .*k_proj.weight.*as one tensor, .*qkv_proj.weight.*all of them"):

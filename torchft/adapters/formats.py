@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Format = Literal["int4", "int8_int4", "int8", "fp8", "fp8_weight", "fp8_int4", "mxfp4", "nvfp4"]
+Format = Literal["int4", "int8_int4", "int8", "nf4", "fp8", "fp8_weight", "fp8_int4", "mxfp4", "nvfp4"]
 # int4        weights in groups with one scale each
 # int8_int4   the same, and each token's inputs in int8 (torchtune's 8da4w)
 # int8        weights, each row with a scale
+# nf4         weights in blocks of 64: quantiles of a normal, bitsandbytes' rather than torchao's (nf4_files.py)
 # fp8         weights in e4m3, each row with a scale, and each token's inputs likewise
 # fp8_weight  weights alone
 # fp8_int4    weights in int4, each token's inputs in e4m3
@@ -21,8 +22,8 @@ Format = Literal["int4", "int8_int4", "int8", "fp8", "fp8_weight", "fp8_int4", "
 CAPABILITY = {"fp8": (8, 9), "fp8_int4": (9, 0), "mxfp4": (10, 0), "nvfp4": (10, 0)}  # of the GPU, at least
 GPUS = {(8, 9): "L40, H100 or RTX 4090", (9, 0): "H100 or H200", (10, 0): "B200 or RTX 5090"}
 BF16 = ("fp8", "fp8_int4", "mxfp4", "nvfp4")  # formats whose kernels give bf16 only
-COLUMNS = {"fp8": 16, "fp8_int4": 128, "mxfp4": 32, "nvfp4": 16}  # a multiple of which a layer's inputs must be
-ROWS = {"fp8": 16, "mxfp4": 16, "nvfp4": 16}  # and its outputs
+# A layer's inputs and its outputs must be multiples of these.
+COLUMNS, ROWS = {"nf4": 64, "fp8": 16, "fp8_int4": 128, "mxfp4": 32, "nvfp4": 16}, {"fp8": 16, "mxfp4": 16, "nvfp4": 16}
 
 
 def torchao_config(format: str, *, group_size: int, search_scales: bool = False) -> Any:
@@ -64,6 +65,24 @@ def torchao_config(format: str, *, group_size: int, search_scales: bool = False)
         return NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
     fp4 = torch.float4_e2m1fn_x2
     return MXDynamicActivationMXWeightConfig(activation_dtype=fp4, weight_dtype=fp4)
+
+
+def packed_int4(weight: Any) -> Tensor:
+    """torchao's int4 weight, a code in each byte -> its Int4Tensor of the same values, with two."""
+    from torchao.quantization import Int4Tensor  # slow to import
+
+    codes, scale = weight.qdata, weight.scale.t().contiguous()  # [out, in] int8; [groups, out]
+    pairs = codes[:, 1::2] << 4 | codes[:, ::2] & 15
+    zero = torch.zeros_like(scale)
+    packed: Tensor = Int4Tensor(pairs, scale, zero, block_size=list(weight.block_size), shape=weight.shape)
+    return packed
+
+
+def packed_int4_config(group_size: int) -> Any:
+    """torchao's description of `packed_int4`."""
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    return Int4WeightOnlyConfig(group_size=group_size)
 
 
 def unfit(

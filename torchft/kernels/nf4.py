@@ -32,15 +32,10 @@ CODEBOOK = (  # quantiles of a normal, scaled to 1, with an exact 0; bitsandbyte
 @torch.no_grad()
 def quantise_(packed: Tensor, weight: Tensor) -> Tensor:
     """Fill ``packed`` [groups, GROUP_BYTES] uint8 with the nearest codes of ``weight`` (groups * GROUP values)."""
-    codebook = _codebook(weight.device)
-    midpoints = (codebook[1:] + codebook[:-1]) / 2
-    tiny = torch.finfo(torch.float32).tiny  # a block of zeros has scale 0 and codes of 0
+    tiny = torch.finfo(torch.float32).tiny
     for rows, out in zip(weight.reshape(-1, GROUP).split(CHUNK), packed.split(CHUNK), strict=True):
-        blocks = rows.to(torch.float32).view(-1, GROUP // BLOCK, BLOCK)
-        scales = blocks.abs().amax(dim=2)  # [groups, 256]
-        unit = blocks * scales.clamp_min(tiny).reciprocal().unsqueeze(2)
-        codes = torch.bucketize(unit, midpoints, out_int32=True).to(torch.uint8).view(-1, SCALES, 2)
-        out[:, :SCALES] = codes[..., 0] << 4 | codes[..., 1]
+        codes, scales = nearest(rows.view(-1, GROUP // BLOCK, BLOCK))
+        out[:, :SCALES] = codes.view(-1, SCALES)
         low, high = scales.aminmax(dim=1, keepdim=True)
         step = (high - low) / 255
         out[:, SCALES:FLOATS] = ((scales - low) / step.clamp_min(tiny)).round().to(torch.uint8)
@@ -48,14 +43,31 @@ def quantise_(packed: Tensor, weight: Tensor) -> Tensor:
     return packed
 
 
+def nearest(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., BLOCK] -> their codes, two in a byte, [..., BLOCK / 2], and largest absolute values, [...] fp32."""
+    codebook = _codebook(blocks.device)
+    midpoints = (codebook[1:] + codebook[:-1]) / 2
+    blocks = blocks.to(torch.float32)
+    scales = blocks.abs().amax(dim=-1)
+    tiny = torch.finfo(torch.float32).tiny  # a block of zeros has scale 0 and codes of 0
+    unit = blocks * scales.clamp_min(tiny).reciprocal().unsqueeze(-1)
+    codes = torch.bucketize(unit, midpoints, out_int32=True).to(torch.uint8)
+    return codes[..., ::2] << 4 | codes[..., 1::2], scales
+
+
+def units(codes: Tensor) -> Tensor:
+    """Two codes a byte, [...] uint8 -> what they stand for, at scale 1: [..., 2] fp32."""
+    codebook = _codebook(codes.device)
+    pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1)  # byte -> its two weights
+    return F.embedding(codes.to(torch.int32), pairs)
+
+
 def dequantise_plain(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """[groups, GROUP_BYTES] uint8 -> [groups, GROUP]: what the Triton kernel computes, bit for bit."""
-    codebook = _codebook(packed.device)
-    pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1)  # byte -> its two weights
     low, step = packed.view(torch.float32)[:, FLOATS // 4 : FLOATS // 4 + 2].split(1, dim=1)
     scales = low + step * packed[:, SCALES:FLOATS]  # [groups, 256] fp32
-    units = F.embedding(packed[:, :SCALES].to(torch.int32), pairs).view(-1, GROUP // BLOCK, BLOCK)
-    return (units * scales.unsqueeze(2)).to(dtype).view(-1, GROUP)
+    values = units(packed[:, :SCALES]).view(-1, GROUP // BLOCK, BLOCK)
+    return (values * scales.unsqueeze(2)).to(dtype).view(-1, GROUP)
 
 
 def dequantise_triton(packed: Tensor, out: Tensor, *, words: int = 512, num_warps: int = 4) -> None:
