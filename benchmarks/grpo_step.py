@@ -1,7 +1,8 @@
 """A step of GRPO by the recipe itself, or by TRL with transformers' generation; prints one JSON line.
 
     python benchmarks/grpo_step.py                                  # 64 prompts x 8 answers x 512 tokens, 1.5B, LoRA
-    python benchmarks/grpo_step.py compile=true rollout.compile=true  # any key of the recipe's config
+    python benchmarks/grpo_step.py compile=true                       # any key of the recipe's config
+    python benchmarks/grpo_step.py rollout.compile=false              # which else is on, on a GPU
     python benchmarks/grpo_step.py --trl                              # the same for TRL
     python benchmarks/grpo_step.py --trl --prompts 16                 # a quarter of the step, compared by tokens/s
     python benchmarks/grpo_step.py --shape tiny --prompts 2 --prompt 24 --new 16      # on a CPU, and with --trl

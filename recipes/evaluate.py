@@ -29,6 +29,7 @@ from torchft.data.prefetch import one_epoch
 from torchft.data.prompts import prompts
 from torchft.errors import UserError
 from torchft.files import atomic_write
+from torchft.generation.compiled import Compile
 from torchft.generation.exact_match import ExactMatchConfig, answer_among_ranks, share_right
 from torchft.generation.loaded import load
 from torchft.generation.multiple_choice import MultipleChoiceConfig, continuation_logps, pick, right_choice
@@ -63,6 +64,7 @@ class Config:
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens
     batch_size: Annotated[int, Range(min=1)] = 8  # rows computed together
     num_slots: Annotated[int, Range(min=1)] = 64  # answers of tasks that are decoded together
+    compile: Compile = "auto"  # torch.compile the decoding of tasks: a slower start, faster answers; auto: on a GPU
     nf4: NF4Config | None = None  # weights in 4 bits; `nf4: {}`
     fp8: FP8Config | None = None  # or in 8, on GPUs that have them; `fp8: {}`
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -138,6 +140,7 @@ def main(config: Config) -> None:
             except ImportError as e:
                 raise UserError(f"tasks: they need {e.name}: pip install 'torchft-recipes[eval]'") from None
             how = {"max_len": config.seq_len, "batch_size": config.batch_size, "num_slots": config.num_slots}
+            how |= {"compile": config.compile}
             lm = EngineLM(model, tokenizer, **how)
             found |= run_tasks(lm, config.tasks, num_fewshot=config.num_fewshot, limit=config.limit)
         last_panel(

@@ -23,6 +23,7 @@ from torchft.config import Component, Folder, Kind, Range
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
 from torchft.generation.batch import Reply, answers
+from torchft.generation.compiled import Compile
 from torchft.generation.loaded import engine, load
 from torchft.generation.sampling import Sampling
 from torchft.ranks import from_main, gather, is_main
@@ -46,6 +47,7 @@ class Config:
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens of prompt and answer together
     num_slots: Annotated[int, Range(min=1)] = 64  # answers that a device computes together
     save_every: Annotated[int, Range(min=1)] = 512  # prompts after which answers are written
+    compile: Compile = "auto"  # torch.compile the step of a token: a slower start, faster answers; auto: on a GPU
     nf4: NF4Config | None = None  # weights in 4 bits; `nf4: {}`
     fp8: FP8Config | None = None  # or in 8, on GPUs that have them; `fp8: {}`
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -72,7 +74,8 @@ def main(config: Config) -> None:
             device=world.device,
         )
         prompts = config.prompts.build()
-        slots = engine(model, tokenizer, num_slots=config.num_slots, max_len=config.seq_len)
+        sizes = {"num_slots": config.num_slots, "max_len": config.seq_len}
+        slots = engine(model, tokenizer, **sizes, compile=config.compile)
         partial = config.output.with_suffix(".jsonl.partial")
         done = from_main(lambda: finished(partial, config.num_samples))  # prompts
         with Steps(Console(quiet=not is_main()), len(prompts), start=done) as progress:

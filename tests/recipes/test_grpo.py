@@ -1,6 +1,7 @@
 """GRPO from end to end on the demo's model: against transformers, divided, on ranks, resumed, and that it learns."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from vllm_stub import served
 
 from torchft import registry, shipped
 from torchft.errors import UserError
+from torchft.generation import loaded
 from torchft.rl import remote
+from torchft.rl.curves import rollout_row
+from torchft.training import recompute
+from torchft.training.compile import compile_blocks, compiled
 from torchft.training.metrics import read_rows
 from torchft.training.saver import Saver
 
@@ -119,6 +124,32 @@ def test_ranks_are_one_process(grpo, tmp_path, options):
         for name in want.keys() - {"tokens"}:  # each rank pads its own
             value = want[name]
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def compiled_part(folder, overrides, num_graphs):
+    """Rollouts and updates compiled; says how many graphs there were after each step."""
+    loaded.backend_of = lambda setting, device: "aot_eager" if setting is True else None
+    recompute.compile_blocks = partial(compile_blocks, backend="aot_eager")
+    recipe = load_recipe("grpo")
+    recipe.draw_loss = lambda *args, **kwargs: None
+    recipe.rollout_row = lambda *args, **kwargs: num_graphs.append(compiled().graphs) or rollout_row(*args, **kwargs)
+    train(recipe, CONFIG, folder, *SMALL, *overrides)
+    return num_graphs
+
+
+@pytest.mark.parametrize("trains_compiled", ["true", "false"])
+def test_compiled_rollouts_change_nothing_and_compile_once(grpo, tmp_path, monkeypatch, trains_compiled):
+    """Also on ranks, whose blocks FSDP gathers."""
+    options = [SGD, "max_steps=3", "rollout.num_slots=4", "share_prompts=false"]
+    plain = grpo(tmp_path / "plain", *options)
+    options += ["rollout.compile=true", f"compile={trains_compiled}"]
+    for module, name in ((loaded, "backend_of"), (recompute, "compile_blocks")):
+        monkeypatch.setattr(module, name, vars(module)[name])  # put back what `compiled_part` sets
+    counts = [compiled_part(tmp_path / "one", options, [])]
+    counts += run_ranks(compiled_part, 2, tmp_path / "ranks", [*options, "batch_size=8"], [])
+    for run in ("one", "ranks"):
+        assert largest_difference(weights(plain), weights(tmp_path / run)) < 1e-5
+    assert all(first == second == third for first, second, third in counts)
 
 
 @pytest.mark.parametrize("options", [["passes=2", "mini_batches=2", "rollout.resample=1", "share_prompts=true"]])

@@ -5,7 +5,9 @@ from pathlib import Path
 from torchft.cli.arguments import Parser
 from torchft.cli.generate import add_model_options, load_model
 from torchft.errors import UserError
+from torchft.generation.batch import answers
 from torchft.generation.loaded import engine
+from torchft.generation.sampling import Sampling
 from torchft.generation.worker import Worker
 
 
@@ -28,6 +30,9 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_model(given)
     if not tokenizer.has_chat:
         raise UserError(f"{given.checkpoint} has no chat template: name a format with --chat-format")
-    slots = engine(model, tokenizer, num_slots=given.num_slots, max_len=given.max_len or model.config.max_seq_len)
+    max_len = given.max_len or model.config.max_seq_len
+    slots = engine(model, tokenizer, num_slots=given.num_slots, max_len=max_len, compile=given.compile)
+    if given.compile:  # now, not at the first request
+        answers(slots, tokenizer, [[0]], sampling=Sampling(max_new_tokens=2))
     name = given.name or given.checkpoint.resolve().name
     uvicorn.run(app(Worker(slots), tokenizer, model=name), host=given.host, port=given.port, log_level="info")

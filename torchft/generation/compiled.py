@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from torchft import compiling
 from torchft.generation.slots import Slots
 from torchft.modules.decoder import Decoder
+
+Compile = Literal["auto"] | bool  # a key of configs
+
+
+def backend_of(setting: Compile, device: torch.device) -> str | None:
+    """For `Engine`, whether to compile. "auto": on a GPU, where a step is many small kernels."""
+    return "inductor" if setting is True or (setting == "auto" and device.type == "cuda") else None
 
 
 class CompiledStep:

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from torchft.generation.batch import answers
+from torchft.generation.compiled import Compile
 from torchft.generation.loaded import engine
 from torchft.generation.multiple_choice import continuation_logps
 from torchft.generation.sampling import sampling_of
@@ -23,9 +24,18 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 class EngineLM(LM):
     """Contexts longer than ``max_len`` lose their beginning, as the harness expects."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, max_len: int, batch_size: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        max_len: int,
+        batch_size: int,
+        num_slots: int,
+        compile: Compile = False,
+    ) -> None:
         super().__init__()
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._compile = model, tokenizer, compile
         self._max_len, self._batch_size, self._num_slots = max_len, batch_size, num_slots
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -63,9 +73,8 @@ class EngineLM(LM):
             for i in same:
                 text = requests[i].args[0]
                 prompts.append([*self._start(text), *self._tokenizer.encode(text)][-room:])
-            slots = engine(
-                self._model, self._tokenizer, num_slots=min(self._num_slots, len(same)), max_len=self._max_len
-            )
+            sizes = {"num_slots": min(self._num_slots, len(same)), "max_len": self._max_len}
+            slots = engine(self._model, self._tokenizer, **sizes, compile=self._compile)
             replies = answers(slots, self._tokenizer, prompts, sampling=sampling_of(how))
             found |= {i: reply.text for i, [reply] in zip(same, replies)}
         return [found[i] for i in range(len(requests))]

@@ -13,6 +13,7 @@ from torchft.adapters.peft import load_peft, peft_config
 from torchft.adapters.qat import round_inputs
 from torchft.dequantise import TorchaoFiles, open_weights
 from torchft.errors import UserError
+from torchft.generation.compiled import Compile, backend_of
 from torchft.generation.engine import Engine
 from torchft.hub_names import pieces
 from torchft.modules.decoder import Decoder
@@ -57,7 +58,7 @@ def load(
     return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
 
 
-def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int) -> Engine:
+def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int, compile: Compile = False) -> Engine:
     """An engine that speaks ``tokenizer``'s language: its stop tokens, its ids, its text."""
     return Engine(
         model,
@@ -66,6 +67,7 @@ def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int
         stop_ids=tokenizer.stop_ids,
         vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
         decode=tokenizer.decode,
+        compile=backend_of(compile, model.embed_tokens.weight.device),
     )
 
 

@@ -12,6 +12,7 @@ from torchft.adapters.lora import lora_layers
 from torchft.config import Component, Kind, Range
 from torchft.data.prompts import Prompt, PromptLoader
 from torchft.errors import UserError
+from torchft.generation.compiled import Compile
 from torchft.generation.engine import Engine
 from torchft.generation.loaded import engine
 from torchft.generation.sampling import Sampling
@@ -38,6 +39,7 @@ class RolloutConfig:
     group_size: Annotated[int, Range(min=1)] = 8  # answers to each prompt
     sampling: Sampling = field(default_factory=Sampling)
     num_slots: Annotated[int, Range(min=1)] = 256  # answers that a device computes together, or asks a server for
+    compile: Compile = "auto"  # torch.compile the step of a token: a slower first rollout, faster ones; auto: on a GPU
     server: ServerConfig | None = None  # a vLLM server that answers in place of the trained model itself
     environment: Annotated[Component, Kind("environment")] | None = None  # what answers the model's turns: tools
     max_turns: Annotated[int, Range(min=1)] = 1
@@ -102,7 +104,7 @@ class Rollouts:
                 temperature=config.sampling.temperature,
             )
         else:
-            self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len)
+            self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len, compile=config.compile)
         self._scorer = Scorer(config.rewards, timeout_s=config.reward_timeout_s)
 
     def num_steps(self, *, epochs: int, max_steps: int | None) -> int:

@@ -140,9 +140,11 @@ class Writers:
         model, how = self._models[author], self._config.sampling
         requests = [Request(prompt=q, sampling=how, seed=seed) for q, seed in zip(questions, seeds, strict=True)]
         longest = max(map(len, questions), default=0) + how.max_new_tokens
-        sizes = {"num_slots": min(self._config.num_slots, len(requests)), "max_len": min(self._seq_len, longest)}
+        slots, max_len = min(self._config.num_slots, len(requests)), min(self._seq_len, longest)
         with gathered(model):
-            return engine(model, self._tokenizer, **sizes).complete(requests) if requests else []
+            if not requests:
+                return []
+            return engine(model, self._tokenizer, num_slots=slots, max_len=max_len).complete(requests)
 
     def _as_batches(self, samples: Samples) -> list[Batch]:
         own = list(Loader(samples, **self._batches)) if len(samples) else []
