@@ -87,7 +87,13 @@ def ours(given: argparse.Namespace, made: list[Pair], device: torch.device) -> d
     shape = {"seq_len": given.seq_len, "packed": True, "device": device}
     rows = given.tokens // given.seq_len
     found = plans(
-        model, recompute=given.recompute or "auto", offload=0.0, compiled=device.type == "cuda", rows=rows, **shape
+        model,
+        recompute=given.recompute or "auto",
+        offload=0.0,
+        compiled=device.type == "cuda",
+        branches=shares,
+        rows=rows,
+        **shape,
     )
     model.to_empty(device=device)
     with torch.no_grad():

@@ -262,6 +262,7 @@ def train(config: Config, run: Run, world: World) -> None:
         other = build_model(frozen, world.device).requires_grad_(False)
         load_base(frozen, other, world)
     model = build_model(config, world.device)
+    shares_prompts, prompts = share_pairs(config.share_prompts, model, config.routing, samples, packed=config.packed)
     shape = {"seq_len": config.seq_len, "packed": True, "device": world.device}
     found = plans(
         model,
@@ -273,10 +274,10 @@ def train(config: Config, run: Run, world: World) -> None:
         accumulation=config.gradient_accumulation_steps,
         shards=world.shards,
         reshard=world.reshard,
+        branches=shares_prompts,
         keep=keep,
         **shape,
     )
-    shares_prompts, prompts = share_pairs(config.share_prompts, model, config.routing, samples, packed=config.packed)
     load_base(config, model, world)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))

@@ -90,6 +90,7 @@ def plans(
     limit: int | None = None,
     shards: int = 1,
     reshard: bool | None = None,
+    branches: bool = False,
 ) -> list[Plan]:
     """The setting to use, and leaner ones to fall back to, if it was chosen by `auto`. Call it after all surgery.
 
@@ -105,6 +106,7 @@ def plans(
         limit: bytes of the device that may be used; None: what is free, of several ranks on the fullest.
         shards: ranks over which the model will be sharded; ``model`` itself is whole.
         reshard: free gathered weights between forward and backward; None: on GPUs, if there is no memory for them.
+        branches: documents share prompts, with masks that no graph holds: kernels are launched one by one.
 
     Raises:
         UserError: auto finds nothing that fits.
@@ -143,7 +145,7 @@ def plans(
                 cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
                 gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
                 replays = compiled and device.type == "cuda" and not away and not share and not in_backward
-                replays = replays and num_ranks() == 1
+                replays = replays and num_ranks() == 1 and not branches
                 replays = replays and (adapters or gradients == "added")
                 memory = estimate_step(
                     model, tokens=r * seq_len, saved=r * cost.saved, recomputed=r * (costs[base].saved - cost.saved),
