@@ -43,6 +43,7 @@ CONFIGS = {
     "bert-large-cased":        size( 28_996, 1024, 24, 16, 4096),
     "all-MiniLM-L6-v2":        size( 30_522,  384,  6, 12, 1536),
     "all-MiniLM-L12-v2":       size( 30_522,  384, 12, 12, 1536),
+    "multilingual-e5-small":   size(250_037,  384, 12, 12, 1536),
     "bge-small-en-v1.5":       size( 30_522,  384, 12, 12, 1536),
     "bge-base-en-v1.5":        size( 30_522,  768, 12, 12, 3072),
     "bge-large-en-v1.5":       size( 30_522, 1024, 24, 16, 4096),

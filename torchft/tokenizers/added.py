@@ -28,11 +28,12 @@ class AddedToken:
     lstrip: bool = False  # takes the white space before it
     rstrip: bool = False
     single_word: bool = False  # only between non-word characters
+    normalized: bool = False  # looked for in what those that are not left, so that their lstrip may take it
 
     @classmethod
     def from_json(cls, json: dict[str, Any], id: int) -> "AddedToken":
         """From an entry of tokenizer.json or of ``added_tokens_decoder``."""
-        flags = {name: bool(json.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
+        flags = {name: bool(json.get(name)) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
         return cls(content=json["content"], id=id, **flags)
 
     @property
@@ -47,8 +48,11 @@ class AddedTokens:
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.by_content = {token.content: token for token in tokens}
         self.by_id = {token.id: token for token in self}
-        self._every = _longest_first(self.by_content)
-        self._ordinary = _longest_first(c for c, token in self.by_content.items() if not token.is_control)
+        self._every, self._ordinary = (
+            [_longest_first(t.content for t in self if t.normalized == late and (control or not t.is_control))
+             for late in (False, True)]
+            for control in (True, False)
+        )  # fmt: skip
         self._heads = sorted({content[:2] for content in self.by_content})  # of tokens, to pass over text without any
 
     def __iter__(self) -> Iterator[AddedToken]:
@@ -73,21 +77,34 @@ class AddedTokens:
         """
         position = done = 0
         for length, control in pieces:
-            regex = self._every if control else self._ordinary
-            if regex and length > SHORT and not self.may_stand_in(text, position, position + length):
-                regex = None
-            for match in regex.finditer(text, position, position + length) if regex else ():
-                token, start, end = self.by_content[match[0]], match.start(), match.end()
-                if token.single_word and (_is_word(text, start - 1) or _is_word(text, end)):
-                    continue
-                if token.lstrip and (spaces := _SPACES_BEFORE.search(text, done, start)):
-                    start = spaces.start()
-                if token.rstrip and (spaces := _SPACES_AFTER.match(text, end)):
-                    end = spaces.end()
-                start = max(start, done)  # a token of white space that rstrip took counts all the same
-                end = done = max(end, done)
-                yield start, end, token.id
-            position += length
+            first, second = self._every if control else self._ordinary
+            stop = position + length
+            if length <= SHORT or self.may_stand_in(text, position, stop):
+                for start, end, i in self._matches(first, text, position, stop, done):
+                    yield from self._matches(second, text, max(position, done), start, done, limit=start)
+                    yield start, end, i
+                    done = end
+                for start, end, i in self._matches(second, text, max(position, done), stop, done):
+                    yield start, end, i
+                    done = end
+            position = stop
+
+    def _matches(
+        self, regex: re.Pattern[str] | None, text: str, begin: int, stop: int, done: int, limit: int | None = None
+    ) -> Iterator[tuple[int, int, int]]:
+        """Tokens in text[begin:stop], of which what is before ``done`` is taken, and from ``limit`` on is another's."""
+        limit = len(text) if limit is None else limit
+        for match in regex.finditer(text, begin, stop) if regex else ():
+            token, start, end = self.by_content[match[0]], match.start(), match.end()
+            if token.single_word and (_is_word(text, start - 1) or _is_word(text, end)):
+                continue
+            if token.lstrip and (spaces := _SPACES_BEFORE.search(text, done, start)):
+                start = spaces.start()
+            if token.rstrip and (spaces := _SPACES_AFTER.match(text, end, limit)):
+                end = spaces.end()
+            start = max(start, done)  # a token of white space that rstrip took counts all the same
+            end = done = max(end, done)
+            yield start, end, token.id
 
 
 def _longest_first(contents: Iterable[str]) -> re.Pattern[str] | None:

@@ -2,12 +2,9 @@
 
 Either file is rebuilt as a model that normalizes nothing and adds no space before the text; where that space goes is
 decided here, because Hugging Face's answer differs from sentencepiece's and between its own versions.
-Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +12,20 @@ import sentencepiece
 
 from torchft.errors import UserError
 from torchft.tokenizers.bpe import merge_order
+from torchft.tokenizers.spm_file import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    read_model,
+    write_model,
+)
 
 Prefix = Literal["never", "first", "always", "forced"]  # forced: also before a text that starts with a space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece
-SPACE = "\u2581"  # how a piece spells a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-
-Piece = tuple[str, float, int]  # text, score, type
 
 
 class SentencePieceBPE:
@@ -32,7 +36,7 @@ class SentencePieceBPE:
             raise UserError(f"{path}: byte fallback needs 256 byte tokens, <0x00> to <0xFF>, and it has {num_bytes}")
         self.vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
         self.prefix = prefix
-        self._engine = sentencepiece.SentencePieceProcessor(model_proto=_write_model(pieces))
+        self._engine = sentencepiece.SentencePieceProcessor(model_proto=write_model(pieces, kind="BPE"))
         self.token_bytes = {i: _piece_bytes(text) for text, i in self.vocab.items()}
 
     def normalize(self, text: str) -> str:
@@ -86,26 +90,17 @@ def from_json(spec: dict[str, Any], added: set[str], path: Path, *, prefix: Pref
 
 def from_model(path: Path, *, prefix: Prefix) -> tuple[SentencePieceBPE, list[tuple[int, str, bool]]]:
     """The engine of a sentencepiece tokenizer.model, and its (id, text, whether special) that text must be cut at."""
-    try:
-        fields = list(_fields(path.read_bytes()))
-        pieces = [_read_piece(value) for number, value in fields if number == 1]
-        trainer = dict(_fields(next(value for number, value in fields if number == 2)))
-        normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
-    except (IndexError, ValueError, StopIteration, struct.error, UnicodeDecodeError, TypeError):
+    model = read_model(path)
+    if model.kind != "BPE" or not model.byte_fallback:
         raise UserError(
-            f"{path} is neither a sentencepiece model nor a list of base64 tokens: download it again"
-        ) from None
-    if trainer.get(3, 1) != 2 or not trainer.get(35, 0):
-        kind = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}.get(trainer.get(3, 1), "unknown")
-        raise UserError(
-            f"{path}: a sentencepiece model of kind {kind} with{'' if trainer.get(35) else 'out'} byte fallback; "
-            "torchft knows BPE with byte fallback (Llama 2)"
+            f"{path}: a sentencepiece model of kind {model.kind} with{'' if model.byte_fallback else 'out'} byte "
+            "fallback; torchft knows BPE with byte fallback (Llama 2), and Unigram without (XLM-RoBERTa)"
         )
-    if normalizer.get(2) or normalizer.get(4, 1):
+    if model.charsmap or model.drops_spaces:
         raise UserError(
-            f"{path}: the sentencepiece model normalizes text ({normalizer.get(1, b'').decode()!r}), which torchft "
-            "does not support"
+            f"{path}: the sentencepiece model normalizes text ({model.rule!r}), which torchft does not support here"
         )
+    pieces = model.pieces
     cut = [
         (i, text, kind != USER_DEFINED)
         for i, (text, _, kind) in enumerate(pieces)
@@ -142,64 +137,3 @@ def _prefix(spec: dict[str, Any], path: Path) -> Prefix:
 def _piece_bytes(piece: str) -> bytes:
     match = _BYTE.fullmatch(piece)
     return bytes([int(match[1], 16)]) if match else piece.replace(SPACE, " ").encode()
-
-
-def _read_piece(message: bytes) -> Piece:
-    fields = dict(_fields(message))
-    return fields[1].decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0], fields.get(3, NORMAL)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protocol buffer: int for a varint, else bytes."""
-    i = 0
-
-    def varint() -> int:
-        nonlocal i
-        value = shift = 0
-        while True:
-            byte = message[i]
-            i += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while i < len(message):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 2: None, 5: 4}[wire]
-        if size is None:
-            size = varint()
-        if i + size > len(message):
-            raise ValueError("a field goes beyond the end")
-        yield number, message[i : i + size]
-        i += size
-
-
-def _write_model(pieces: list[Piece]) -> bytes:
-    """A BPE model of these pieces with byte fallback, which normalizes nothing and adds no space."""
-    unknown = ("<no byte lacks a piece>", 0.0, UNKNOWN)  # the engine wants one; with all bytes it is never made
-    out = bytearray()
-    for text, score, kind in [*pieces, unknown]:
-        out += _bytes(1, _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _int(3, kind))
-    out += _bytes(2, _int(3, 2) + _int(4, len(pieces) + 1) + _int(35, 1) + _int(40, len(pieces)))
-    out += _bytes(3, _bytes(1, b"identity") + _int(3, 0) + _int(4, 0) + _int(5, 1))
-    return bytes(out)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _int(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _bytes(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value

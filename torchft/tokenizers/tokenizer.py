@@ -12,14 +12,16 @@ from typing import Any
 from torchft.errors import UserError
 from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
+from torchft.tokenizers.affixes import Around
 from torchft.tokenizers.bpe import ByteBPE
 from torchft.tokenizers.chat import Message, Rendered, Segment, check_unicode, prepare
 from torchft.tokenizers.spm import SentencePieceBPE
+from torchft.tokenizers.unigram import Unigram
 from torchft.tokenizers.wordpiece import WordPiece
 
 log = logging.getLogger(__name__)
 
-Engine = ByteBPE | SentencePieceBPE | WordPiece
+Engine = ByteBPE | SentencePieceBPE | Unigram | WordPiece
 ChatFormat = Callable[..., list[Segment]]
 _FLAGS = (b"\0", b"\1")
 
@@ -31,8 +33,7 @@ class SpecialIds:
     bos: int | None
     eos: int
     pad: int
-    before: tuple[int, ...] = ()  # what add_special_tokens puts before a text
-    after: tuple[int, ...] = ()
+    around: Around  # what add_special_tokens puts around a text
 
 
 class Tokenizer:
@@ -78,12 +79,36 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False, control: bool = True) -> list[int]:
         """Ids of ``text``, as Hugging Face's. ``control=False``: a control token in it is plain text (user data)."""
         tokens = self._encode([Segment(text, control=control)]).tokens
-        return [*self._special.before, *tokens, *self._special.after] if add_special_tokens else tokens
+        return [*self._special.around.before, *tokens, *self._special.around.after] if add_special_tokens else tokens
 
     def encode_within(self, text: str, max_tokens: int) -> list[int]:
         """As ``encode`` with special tokens, of plain text, whose end is cut off where they are over ``max_tokens``."""
-        room = max_tokens - len(self._special.before) - len(self._special.after)
-        return [*self._special.before, *self.encode(text, control=False)[: max(room, 0)], *self._special.after]
+        before, after, _ = self._special.around
+        room = max_tokens - len(before) - len(after)
+        return [*before, *self.encode(text, control=False)[: max(room, 0)], *after]
+
+    def encode_pair_within(self, one: str, other: str, max_tokens: int) -> list[int]:
+        """Two plain texts with the special tokens of a pair; of the longer one the end is cut off, then of both.
+
+        As transformers' ``truncation=True`` does it. UserError if this tokenizer has no such pairs.
+        """
+        before, after, between = self._special.around
+        if between is None:
+            raise UserError("this checkpoint's tokenizer.json does not say how two texts stand together")
+        first, second = (self.encode(text, control=False) for text in (one, other))
+        room = max(max_tokens - len(before) - len(between) - len(after), 0)
+        if len(first) + len(second) > room:
+            shorter = min(len(first), len(second), room // 2)
+            if len(first) <= len(second):
+                first, second = first[:shorter], second[: room - shorter]
+            else:
+                first, second = first[: room - shorter], second[:shorter]
+        return [*before, *first, *between, *second, *after]
+
+    @property
+    def separator_id(self) -> int | None:
+        """What ends each text of a pair, where something does."""
+        return self._special.around.after[-1] if self._special.around.after else None
 
     def num_control(self, text: str, *, special_only: bool = False) -> int:
         """How many strings in ``text`` look like control tokens; with ``special_only`` not counting ``<think>``."""

@@ -151,6 +151,7 @@ PARAMETERS = {
     "bert/bert-large-cased": 333_579_264 - 1_049_600,
     "bert/all-MiniLM-L6-v2": 22_713_216 - 147_840,
     "bert/all-MiniLM-L12-v2": 33_360_000 - 147_840,
+    "bert/multilingual-e5-small": 117_653_760 - 147_840,
     "bert/bge-small-en-v1.5": 33_360_000 - 147_840,
     "bert/bge-base-en-v1.5": 109_482_240 - 590_592,
     "bert/bge-large-en-v1.5": 335_141_888 - 1_049_600,

@@ -1,12 +1,14 @@
 """Added tokens against Hugging Face's matching: longest first, lstrip, rstrip, single_word, white-space tokens."""
 
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken as HubAddedToken
 from vocabularies import byte_level, random_texts, write
 
 from torchft.tokenizers import bpe, load
+from torchft.tokenizers.added import AddedToken, AddedTokens
 
 FLAGS = [
     HubAddedToken("<a>", special=True, normalized=False),
@@ -49,3 +51,13 @@ def test_white_space_tokens_are_ordinary_text(pair):
     tokenizer, hub = pair
     ids = tokenizer.encode("a   b <a>", control=False)
     assert ids == hub.encode("a   b <", add_special_tokens=False).ids + hub.encode("a>", add_special_tokens=False).ids
+
+
+def test_normalized_tokens_are_found_in_what_the_others_leave():
+    """A token that takes the white space before it is older than a run of spaces; in a gap runs are found as ever."""
+    run = AddedToken(content="  ", id=0, normalized=True)
+    mask = AddedToken(content="[M]", id=1, special=True, lstrip=True)
+    text = "a  b  [M]  "
+    assert list(AddedTokens([run, mask]).find(text, [(len(text), True)])) == [(1, 3, 0), (4, 9, 1), (9, 11, 0)]
+    at_once = AddedTokens([replace(run, normalized=False), mask])
+    assert list(at_once.find(text, [(len(text), True)])) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 11, 0)]

@@ -167,7 +167,7 @@ BAD_PARTS = {
     "unknown post_processor 'Odd'": {
         "post_processor": {"type": "Odd", "sep": ["a", 1], "cls": ["b", 2]}
     },
-    "unknown model type 'Unigram'": {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}},
+    "unknown model type 'WordLevel'": {"model": {"type": "WordLevel", "vocab": [["a", 0.0]]}},
 }  # fmt: skip
 
 

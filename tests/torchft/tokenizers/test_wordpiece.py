@@ -78,6 +78,15 @@ def test_decode(pair):
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
+def test_pairs(pair):
+    ours, theirs = pair
+    texts = [*corpus(seed=3, num_lines=60), "a", "b"]
+    for i, (one, other) in enumerate(zip(texts, reversed(texts))):
+        room = 4 + i % 40
+        want = theirs(one, other, truncation=True, max_length=room, split_special_tokens=True)["input_ids"]
+        assert ours.encode_pair_within(one, other, room) == want
+
+
 def test_it_pickles(pair):
     ours, _ = pair
     again = pickle.loads(pickle.dumps(ours))
