@@ -102,7 +102,7 @@ class Config:
     dataset_eval: Dataset | None = None  # held out: measured every eval_every steps and at the end
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens per row; a pair, with its prompt twice, fits or is left out
     packed: bool = False  # several pairs per row: no padding, same gradients
-    share_prompts: Sharing = "auto"  # a pair's prompt is computed once; auto: in packed rows, if it saves an eighth
+    share_prompts: Sharing = "auto"  # a pair's prompt is computed once; auto: in packed rows, if it saves a sixth
     batch_size: Annotated[int, Range(min=1)] = 2  # rows per device and micro-step
     gradient_accumulation_steps: Annotated[int, Range(min=1)] = 1  # micro-steps per optimizer step
     epochs: Annotated[int, Range(min=1)] = 1

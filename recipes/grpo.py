@@ -107,7 +107,7 @@ class Config:
     chat_format: str | None = None  # instead of the checkpoint's own template: llama2, llama3, or a .jinja file
     seq_len: Annotated[int, Range(min=2)] = 2048  # tokens of prompt and answer together
     batch_size: Annotated[int, Range(min=1)] = 8  # answers per device and micro-step
-    share_prompts: Sharing = "auto"  # a group's prompt is computed once; auto: in steps where it saves an eighth
+    share_prompts: Sharing = "auto"  # a group's prompt is computed once; auto: in steps where it saves a sixth
     epochs: Annotated[int, Range(min=1)] = 1
     max_steps: Annotated[int, Range(min=1)] | None = None  # rollouts with their updates, if fewer than the epochs have
 

@@ -13,7 +13,9 @@ from torchft.modules.rope import LongRope
 from torchft.training.routing import RoutingConfig
 
 Sharing = Literal["auto"] | bool  # the key share_prompts of a config
-WORTH = 0.125  # of the tokens: below, what masks cost more than plain documents is not won back
+# Of the tokens: below, what masks cost more than plain documents is not won back. benchmarks/shared_prompts.py on an H100
+# (1B): 16.7% saved takes as long as before, 24.2% is 1.13 times as fast.
+WORTH = 1 / 6
 
 
 def unshareable(model: Decoder, routing: RoutingConfig) -> str | None:
