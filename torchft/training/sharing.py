@@ -13,8 +13,8 @@ from torchft.modules.rope import LongRope
 from torchft.training.routing import RoutingConfig
 
 Sharing = Literal["auto"] | bool  # the key share_prompts of a config
-# Of the tokens: below, what masks cost more than plain documents is not won back. benchmarks/shared_prompts.py on an H100
-# (1B): 16.7% saved takes as long as before, 24.2% is 1.13 times as fast.
+# Of the tokens: below, what masks cost is not won back. By benchmarks/shared_prompts.py on an H100
+# (1B) 16.7% saved takes as long as before, 24.2% is 1.13 times as fast.
 WORTH = 1 / 6
 
 
