@@ -113,6 +113,13 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "XLMRobertaModel": xlm_roberta,
 }
 
+REFUSED = {  # what keeps out architectures that people ask for
+    "Gemma3nForCausalLM": "AltUp, LAuReL and sparse activations",
+    "Gemma3nForConditionalGeneration": "AltUp, LAuReL and sparse activations",
+    "Phi3SmallForCausalLM": "block-sparse attention and a gated GELU with bounds",
+    "PhiMoEForCausalLM": "a SparseMixer router and layer norms",
+}
+
 
 def load(checkpoint_dir: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Decoder:
     """The model of a Hub folder, in eval mode: ``model(tokens [b, s]) -> logits [b, s, v]``.
@@ -207,7 +214,8 @@ def architecture(json: dict[str, Any]) -> ModuleType:
         case [str(name)]:
             words = {other.partition("For")[0].lower(): other for other in reversed(known)}  # all end in "For..."
             word = name.partition("For")[0].lower()
-            hint = f"; the nearest is {words[difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]]}"
+            hint = f": it has {REFUSED[name]}" if name in REFUSED else ""
+            hint += f"; the nearest is {words[difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]]}"
     raise UserError(
         f"config.json: architectures is {json.get('architectures')}, which torchft does not train{hint}. "
         f"It trains {', '.join(known)}"

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 
 from torchft import models
 from torchft.errors import UserError
-from torchft.models import llama3
+from torchft.models import ARCHITECTURES, REFUSED, llama3
+from torchft.models.multimodal import TEXT_MODELS
 from torchft.modules.rope import LinearRope, Llama3Rope, Rope
 
 GOOD = {k: v for k, v in SIZES.items() if k != "eos_token_id"} | {"architectures": ["LlamaForCausalLM"]}
@@ -133,6 +134,14 @@ def test_a_field_that_may_change_the_maths_is_refused(name):
 def test_the_nearest_architecture_is_named(name, nearest):
     with pytest.raises(UserError, match=f"the nearest is {nearest}"):
         models.build({"architectures": [name]})
+
+
+def test_what_keeps_an_architecture_out_is_said():
+    with pytest.raises(
+        UserError, match=r"does not train: it has block-sparse attention .*; the nearest is Phi3ForCausalLM"
+    ):
+        models.build({"architectures": ["Phi3SmallForCausalLM"]})
+    assert not REFUSED.keys() & {*ARCHITECTURES, *TEXT_MODELS}
 
 
 def test_no_such_model():
