@@ -216,7 +216,7 @@ def _check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: Hub
     want = hub_shapes(piece for parts in plan.values() for piece in parts)
     layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
     ignored = names.ignored.replace("{num_layers}", str(max(layers, default=-1) + 1))
-    have = {n for n in files.names() if not re.search(ignored, n)}
+    have = {n for n in files.names() if n in want or not re.search(ignored, n)}
     problems = []
     if "lm_head.weight" in have - set(want):
         problems += _tied_head(files, "lm_head.weight", want)

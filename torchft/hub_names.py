@@ -24,7 +24,7 @@ class HubNames:
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)  # our stacked module -> equal parts of its rows
     transposed: str | None = None  # regex on our names of stacked weights that the Hub holds as [e, in, out]
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
-    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors that are left out; {num_layers} stands for it
+    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out; {num_layers} stands for it
     fresh: str | None = None  # regex on our names of parameters that a checkpoint does not hold yet: a new head
     peft_swaps: bool = False  # PEFT takes the inputs of a ``transposed`` weight for its outputs
     also: dict[str, str] = field(

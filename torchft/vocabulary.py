@@ -18,7 +18,9 @@ from torchft.weights import INDEX, WeightFiles, write_shards
 
 log = logging.getLogger(__name__)
 
-TABLES = ("embed_tokens.weight", "lm_head.weight")  # ends of the names of tensors with a row per token
+# Ends of the names of tensors with a row per token, and the numbers of rows in config.json.
+TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight")
+NUM_ROWS = ("vocab_size", "vocab_size_per_layer_input")
 ROWS_MULTIPLE = 64  # tensor cores like it
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
@@ -70,7 +72,7 @@ def add_tokens(source: Path, folder: Path, tokens: Mapping[str, str]) -> dict[st
         for file in source.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in (INDEX, "download.json"):
                 shutil.copyfile(file, new / file.name)
-        _write(new / "config.json", config | {"vocab_size": num_rows})
+        _write(new / "config.json", config | {key: num_rows for key in NUM_ROWS if key in config})
         _write_tokenizer(new, ids)
     return ids
 

@@ -42,6 +42,16 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
 }
+GEMMA4_E = {  # four layers: with more, rounding decides, as scores are not scaled
+    "architectures": ["Gemma4ForCausalLM"],
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": 101,
+    "sliding_window": WINDOW,
+    "final_logit_softcapping": 6.0,
+}
 COMMAND_R7B = {
     "architectures": ["Cohere2ForCausalLM"],
     "num_hidden_layers": 4,
@@ -83,6 +93,14 @@ CASES = {
             "sliding_attention": rope(),
         }
     },
+    "gemma4_e2b": GEMMA4_E
+    | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "num_key_value_heads": 1,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_e4b": GEMMA4_E | {"layer_types": ["sliding_attention", *["full_attention"] * 3], "num_kv_shared_layers": 1},
     "gemma4": {
         "architectures": ["Gemma4ForCausalLM"],
         "num_hidden_layers": 3,

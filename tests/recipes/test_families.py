@@ -14,8 +14,9 @@ from vocabularies import LLAMA3_SPECIAL, byte_level, write
 from torchft import models
 from torchft.tokenizers import bpe
 
-# Fused names; windows and capped scores; heads by layer, a factor that is not trained; side by side; no positions.
-FAMILIES = ("phi3", "gemma2", "gemma4", "command_r7b", "smollm3")
+# Fused names; windows and capped scores; heads by layer, a factor that is not trained; keys that other layers read too;
+# side by side; no positions.
+FAMILIES = ("phi3", "gemma2", "gemma4", "gemma4_e2b", "command_r7b", "smollm3")
 STEPS = ("max_steps=2", "packed=true", "save_every=100")
 
 
@@ -31,7 +32,10 @@ def tokenizer_folder(tmp_path_factory):
 def checkpoint(tokenizer_folder, tmp_path):
     def make(family):
         folder = tmp_path / "base"
-        transformers_model(**(CASES[family] | {"vocab_size": 1216}), std=0.1).save_pretrained(folder)
+        rows = {"vocab_size": 1216}
+        if "vocab_size_per_layer_input" in CASES[family]:
+            rows["vocab_size_per_layer_input"] = 1216
+        transformers_model(**(CASES[family] | rows), std=0.1).save_pretrained(folder)
         for file in tokenizer_folder.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         return folder

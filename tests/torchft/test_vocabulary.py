@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from families import CASES
 from letters import write_jsonl
 from recipe_runs import conversations, load_recipe
 from safetensors.torch import load_file
@@ -62,6 +63,23 @@ def test_rows_are_means_of_words_and_all_else_is_as_it_was(tmp_path, spare, tied
     with torch.no_grad():
         wanted = LlamaForCausalLM.from_pretrained(tmp_path / "new")(tokens).logits
         assert (model(tokens) - wanted).abs().max() < 1e-4
+
+
+def test_tables_of_each_layer_grow_too(tmp_path):
+    """Gemma 4 E2B's second table, of which config.json says the rows as well."""
+    size = checkpoint(tmp_path / "old")
+    for file in (tmp_path / "old").glob("*.safetensors*"):
+        file.unlink()
+    case = CASES["gemma4_e2b"] | {"vocab_size": size, "vocab_size_per_layer_input": size, "tie_word_embeddings": True}
+    tiny.transformers_model(**case).save_pretrained(tmp_path / "old")
+    ids = add_tokens(tmp_path / "old", tmp_path / "new", NEW)
+    tables = (
+        models.load(tmp_path / "new").embed_tokens_per_layer.weight,
+        models.load(tmp_path / "new").embed_tokens.weight,
+    )
+    words = tokenizers.load(tmp_path / "old").encode(NEW["<|call|>"])
+    assert all(len(table) >= size + 2 and table[:size].ne(0).any() for table in tables)
+    assert all(torch.allclose(t[ids["<|call|>"]], t[words].float().mean(0).bfloat16(), atol=1e-2) for t in tables)
 
 
 def test_a_new_token_is_trained_alone_and_exported(tmp_path):

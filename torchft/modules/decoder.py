@@ -129,6 +129,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.sights = [b.sight for b in blocks]
         self.ropes = [b.rope for b in blocks]
+        self.sources = list(range(config.num_layers))  # of each block: the layer whose cache it looks into
         self.norm = norm
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.hub_format: Any = None  # names and config.json, set by models.build, read by hub.py
@@ -189,16 +190,23 @@ class Decoder(nn.Module):
         if shards is not None:
             rotations = {kind: (shards.rows(cos), shards.rows(sin)) for kind, (cos, sin) in rotations.items()}
             positions = shards.rows(positions)
+        handed: dict[Any, Tensor] = {}
         with self.activations:
-            for i, layer in enumerate(self.layers):
+            for i in range(len(self.layers)):
                 rope = self.ropes[i]
                 cos, sin = (None, None) if rope is None else rotations[rope, dims[i]]  # [b, s, 1, c / 2]
-                args = (cos, sin, seen[self.sights[i]], cache and cache.layers[i], positions)
-                if cache is None and self.training and self._recomputed(i):
-                    x = checkpoint(layer, x, *args, use_reentrant=False)
-                else:
-                    x = layer(x, *args)
+                args = (cos, sin, seen[self.sights[i]], cache and cache.layers[self.sources[i]], positions)
+                x = self.through(i, x, args, handed)
         return self.norm(x)
+
+    def through(self, i: int, x: Tensor, args: tuple[Any, ...], handed: dict[Any, Tensor]) -> Tensor:
+        """x behind block ``i``. ``handed`` is for what the blocks of a family hand on to later ones besides."""
+        cache = args[3]
+        if cache is None and self.training and self._recomputed(i):
+            recomputed: Tensor = checkpoint(self.layers[i], x, *args, use_reentrant=False)
+            return recomputed
+        out: Tensor = self.layers[i](x, *args)
+        return out
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., v], in the dtype of x."""

@@ -32,6 +32,11 @@ class LayerCache:
         self.k[rows, positions], self.v[rows, positions] = k, v
         return self.k[:b], self.v[:b]
 
+    def held(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first b rows, which the layer that they are of has stored."""
+        assert self.k is not None and self.v is not None
+        return self.k[:b], self.v[:b]
+
     def copy_rows(self, other: "LayerCache", source: Tensor, target: Tensor, *, num_rows: int) -> None:
         """Rows ``source`` [n] of ``other`` become rows ``target`` [n] of ``num_rows``. A source may have many targets.
 
@@ -72,4 +77,5 @@ class KVCache:
     def copy_rows(self, other: "KVCache", source: Tensor, target: Tensor, *, num_rows: int) -> None:
         """As `LayerCache.copy_rows`, of every layer."""
         for own, theirs in zip(self.layers, other.layers, strict=True):
-            own.copy_rows(theirs, source, target, num_rows=num_rows)
+            if theirs.k is not None:  # else its layer reads another's
+                own.copy_rows(theirs, source, target, num_rows=num_rows)

@@ -99,9 +99,10 @@ class _Recorder(nn.Module):
         self.layer = layer
         self.inputs: tuple[Any, ...] = ()
 
+    @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         self.inputs = inputs
-        return inputs[0]
+        return self.layer(*inputs)
 
 
 def _record(

@@ -37,6 +37,7 @@ def test_names_and_shapes_are_transformers(repo):
     json = RELEASED[repo][0]
     json = {k: v[:2] if k in ("layer_types", "no_rope_layers") else v for k, v in json.items()}
     two = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "moe_layers": None, "attn_temperature_tuning": True}
+    two["num_kv_shared_layers"] = 0
     json |= {k: v for k, v in two.items() if k in json}
     with torch.device("meta"):
         cls = getattr(transformers, json["architectures"][0])
