@@ -20,6 +20,7 @@ from torchft.adapters.stacked import StackedLoRA
 from torchft.errors import UserError
 from torchft.hub import base_parameters, load_weights
 from torchft.modules.grouped import StackedLinear
+from torchft.training.compile import compile_blocks
 
 FAMILIES = {name: experts.CASES[name] for name in ("mixtral", "qwen3_moe", "gpt_oss", "llama4_no_norm")}
 EXPERTS = ["gate_up_proj", "down_proj"]
@@ -314,6 +315,36 @@ def test_fused_nothing_changes_but_the_speed(base, family):
 def test_fused_on_quantised_experts_nothing_changes_but_the_speed(tmp_path, quantise):
     transformers_model(**WIDE).save_pretrained(tmp_path / "base")
     check_fused(*(trained(tmp_path / "base", prepare=quantise) for _ in range(2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_in_bf16_on_a_gpu_is_near_fp32(tmp_path, compiled):
+    """As near as the layers that are not fused, or nearer."""
+    transformers_model(**WIDE).save_pretrained(tmp_path / "base")
+    torch._dynamo.reset()
+
+    def gradients(dtype, is_fused):
+        model = trained(tmp_path / "base").to("cuda")
+        for name, p in model.named_parameters():
+            p.data = p.data if ".lora_" in name else p.data.to(dtype)
+        if is_fused:
+            fuse_lora(model)
+        if compiled:
+            compile_blocks(model.train())
+        batch = BATCH.cuda()
+        loss = mean_nll(model, batch, shifted(supervised(batch)))
+        params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return {"loss": loss} | dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+
+    exact, plain, fused = (
+        gradients(torch.float32, False),
+        gradients(torch.bfloat16, False),
+        gradients(torch.bfloat16, True),
+    )
+    for name, want in exact.items():
+        error, bar = ((got[name].float() - want).norm() / want.norm() for got in (fused, plain))
+        assert error <= max(1.5 * bar, 0.02), name
 
 
 @pytest.mark.parametrize("family", UNFUSED)
