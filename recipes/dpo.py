@@ -151,8 +151,6 @@ class Config:
             yield "streaming: a stream has no end; say in max_steps when to stop, and take a loss without a KL estimate"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
-        if self.parallel.tp * self.parallel.cp > 1:
-            yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
@@ -220,7 +218,8 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
 def judge(config: Config, model: Decoder, reference: Reference, batch: Batch, kl: Tensor | None) -> Judged:
     """The loss of each sample, and the rewards of its answers."""
     known = reference.logps(batch)
-    head = partial(answer_logps, **batch.answers, ld_alpha=config.ld_alpha, collisions=config.wpo)
+    how = {"shards": batch.shards, "ld_alpha": config.ld_alpha, "collisions": config.wpo}
+    head = partial(answer_logps, **batch.answers, **how)
     policy = model(batch.tokens, batch.positions, documents=batch.documents, head=head)
     if batch.is_good is not None:
         return judge_singles(config.loss.call, policy, known, is_desirable=batch.is_good[:, 0], kl=kl)
@@ -262,8 +261,9 @@ def train(config: Config, run: Run, world: World) -> None:
         other = build_model(frozen, world.device).requires_grad_(False)
         load_base(frozen, other, world)
     model = build_model(config, world.device)
-    shares_prompts, prompts = share_pairs(config.share_prompts, model, config.routing, samples, packed=config.packed)
-    shape = {"seq_len": config.seq_len, "packed": True, "device": world.device}
+    about = {"packed": config.packed, "cp": config.parallel.cp}
+    shares_prompts, prompts = share_pairs(config.share_prompts, model, config.routing, samples, **about)
+    shape = {"seq_len": world.tokens.share(config.seq_len), "packed": True, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -288,7 +288,8 @@ def train(config: Config, run: Run, world: World) -> None:
 
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
-    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shares_prompts": shares_prompts}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
+    how |= {"shares_prompts": shares_prompts}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)

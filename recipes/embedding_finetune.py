@@ -141,8 +141,6 @@ class Config:
             yield "dataset: give one data set here, or several in datasets"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
-        if self.parallel.tp * self.parallel.cp > 1:
-            yield "parallel.tp, parallel.cp: they spread a text over ranks, and here each needs all of it; use shard"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
@@ -206,7 +204,7 @@ def build_texts(
 
 def embed(model: Decoder, pooling: str | None, batch: Batch) -> Tensor:
     """[samples, n, d] fp32: of each sample's query, its document and its hard negatives."""
-    head = partial(pooled, pooling=pooling, **documents_in(batch))
+    head = partial(pooled, pooling=pooling, **documents_in(batch), shards=batch.shards)
     return model(batch.tokens, batch.positions, documents=batch.documents, head=head)
 
 
@@ -221,9 +219,10 @@ def mean_loss(
 
     ``embedded``: of ``batches``. Texts that are the same, on whatever rank, are no negatives.
     """
-    alone = world.mesh is None
-    everywhere, first = all_rows(embedded, alone=alone)
-    keys, _ = all_rows(torch.cat([document_keys(b.tokens, **documents_in(b)) for b in batches]), alone=alone)
+    among = {"alone": world.mesh is None, "copies": world.tokens.count}
+    everywhere, first = all_rows(embedded, **among)
+    own_keys = [document_keys(b.shards.whole(b.tokens), **documents_in(b)) for b in batches]
+    keys, _ = all_rows(torch.cat(own_keys), **among)
     how = {"temperature": config.temperature, "symmetric": config.symmetric, "dims": config.matryoshka_dims}
     losses = contrastive(embedded, everywhere, first, keys=keys, by_angle=by_angle, **how)
     same = repeated(keys[:, :2], first, len(embedded))
@@ -265,7 +264,7 @@ def train(config: Config, run: Run, world: World) -> None:
     model = build_model(config, world.device)
     embedder = embedder.choose(pooling=embedder.pooling or ("mean" if isinstance(model, Encoder) else "last"))
     trial_head = lambda hidden, _: hidden.float().square()  # noqa: E731  the loss is nothing beside the model
-    shape = {"seq_len": config.seq_len, "packed": True, "device": world.device}
+    shape = {"seq_len": world.tokens.share(config.seq_len), "packed": True, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -288,7 +287,7 @@ def train(config: Config, run: Run, world: World) -> None:
     )
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
-    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(Loader(samples, **how), world.device, depth=2 * micro_steps)

@@ -143,8 +143,6 @@ class Config:
             yield "streaming: how many scores a model gives is known from all the data; leave it out"
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
-        if self.parallel.tp * self.parallel.cp > 1:
-            yield "parallel.tp, parallel.cp: they spread an answer over ranks, and here each needs all of it; use shard"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
@@ -198,9 +196,13 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
 def score_batch(config: Config, model: Decoder, batch: Batch) -> dict[str, Tensor]:
     """What the metrics report of each judged pair, answer or step; ``loss`` is what is trained."""
     assert model.lm_head is not None
-    head = partial(scores_at, score=model.lm_head, labels=batch.labels, count=batch.num_supervised)
+    per_token = config.loss.takes("step_scores")
+    places = {"labels": batch.labels, "count": batch.num_supervised}
+    if not per_token:  # of rows that ranks share, each compares whole answers, and judges its own steps
+        places = {"labels": batch.answers["labels"], "count": batch.documents_of.numel(), "shards": batch.shards}
+    head = partial(scores_at, score=model.lm_head, **places)
     scores = model(batch.tokens, batch.positions, documents=batch.documents, head=head)  # [n, k]
-    if config.loss.takes("step_scores"):
+    if per_token:
         labels = batch.labels[batch.labels != IGNORE]
         losses = config.loss.call(step_scores=scores, labels=labels)
         return {"loss": losses, "accuracy": scores.argmax(1) == labels}
@@ -246,7 +248,7 @@ def train(config: Config, run: Run, world: World) -> None:
     names = ["wrong", "right"] if per_token else [f"score_{i}" for i in range(1 if pairs else samples.num_targets)]
     model = build_model(config, world.device)
     apply_score_head(model, names, per_token=per_token, pad_id=safe_pad_id(samples))
-    shape = {"seq_len": config.seq_len, "packed": True, "device": world.device}
+    shape = {"seq_len": world.tokens.share(config.seq_len), "packed": True, "device": world.device}
     found = plans(
         model,
         recompute=config.recompute,
@@ -268,7 +270,7 @@ def train(config: Config, run: Run, world: World) -> None:
     plan = settle(model, found, lambda tokens, _, positions: model(tokens, positions).sum(), keep=keep, **shape)
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
-    how |= {"rank": world.data_rank, "num_ranks": world.data_size}
+    how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)

@@ -54,6 +54,15 @@ class TokenShards:
         """Whole rows [b, s, ...] -> this rank's tokens [b, s / (cp tp), ...]."""
         return self.rows(x).chunk(self.tp, dim=1)[self.tp_rank].contiguous()
 
+    def whole(self, x: Tensor) -> Tensor:
+        """This rank's tokens [b, s / (cp tp), ...] -> the rows [b, s, ...], on each rank that shares them.
+
+        For losses of whole rows, which each of these ranks then computes. Gradients are summed over the ranks: they are
+        those of the sum of all ranks' losses, in which each row's must count once: divide it by ``count``.
+        """
+        x = self.of_all_tp(x) if self.tp > 1 else x
+        return self.of_all_cp(x) if self.cp > 1 else x
+
     def chunk_starts(self, seq_len: int) -> tuple[int, int]:
         """Where this rank's two chunks begin in a row, for cp > 1; each has ``seq_len / (2 cp)`` tokens."""
         length = seq_len // (2 * self.cp)

@@ -34,9 +34,14 @@ def same_run(ours, alone, steps=20, bar=1e-5):
     assert len(losses(ours)) == len(losses(alone)) == steps
     assert (losses(ours) - losses(alone)).abs().max() <= bar
     for row, want in zip(rows(ours), rows(alone), strict=True):
-        assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=bar)
-        assert (row["lr"], row["supervised_tokens"]) == (want["lr"], want["supervised_tokens"])
-        assert row.get("eval_loss", 0.0) == pytest.approx(want.get("eval_loss", 0.0), rel=bar)
+        (
+            row.pop("tokens", None),
+            want.pop("tokens", None),
+        )  # ranks pad to their own longest row
+        assert row.pop("grad_norm", 0.0) == pytest.approx(want.pop("grad_norm", 0.0), rel=bar)
+        if row["step"] < 3:  # a policy that is all but its reference: rounding decides which reward is higher
+            row, want = ({k: v for k, v in r.items() if not k.endswith("accuracy")} for r in (row, want))
+        assert row == pytest.approx(want, rel=10 * bar, abs=bar)
     assert largest_difference(weights(ours), weights(alone)) < 10 * bar
     exported = [load_file(run / "export" / "model.safetensors") for run in (ours, alone)]
     assert largest_difference(*exported) < 10 * bar
@@ -98,6 +103,27 @@ def test_lora_is_that_of_one_process(lora, settings, wide, tmp_path, no_picture,
     same_run(ours, alone)
     adapters = [load_file(run / "export" / "adapter" / "adapter_model.safetensors") for run in (ours, alone)]
     assert largest_difference(*adapters) < 1e-4
+
+
+DPO_LORA = ["lora={rank: 4, alpha: 24}", "packed=true"]
+WEIGHED = ["wpo=true", "ld_alpha=0.4", "precompute_reference=true"]
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, ["parallel.tp=2", *DPO_LORA, "share_prompts=true"]),
+        (2, ["parallel.cp=2", *DPO_LORA, "share_prompts=false"]),
+        (2, ["parallel.cp=2", *WEIGHED]),
+        (4, ["parallel.tp=2", *WEIGHED, "lora={rank: 4}"]),
+        (4, ["parallel.tp=2", "parallel.cp=2", *DPO_LORA, "share_prompts=false"]),
+    ],
+)
+def test_preferences_are_those_of_one_process(dpo, dpo_settings, pairs, tmp_path, no_picture, size, options):
+    options = [*STEPS, "max_steps=10", f"dataset_eval={{source: {pairs}}}", *options]
+    alone = dpo(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
+    ours = together(size, "dpo", dpo_settings, tmp_path / "together", *options)
+    same_run(ours, alone, steps=10)
 
 
 @pytest.mark.parametrize("options", [[], ["parallel.tp=2"], ["parallel.cp=2"]])

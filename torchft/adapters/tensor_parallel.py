@@ -30,6 +30,7 @@ from torchft.errors import UserError
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Decoder
 from torchft.modules.delta_net import GatedDeltaNet
+from torchft.modules.encoder import Encoder
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.norms import WholeRMSNorm
 from torchft.token_shards import TokenShards
@@ -77,8 +78,13 @@ def split_blocks(model: Decoder, mesh: DeviceMesh, tokens: TokenShards) -> None:
 
     A mixer whose heads do not divide, or that has no entry in SPLITS, runs whole on all ranks: right, but nothing is
     saved. An MLP then works on each rank's own tokens. With tp 1 there is nothing to split, but with cp ``model`` needs
-    to know which tokens it gets. Experts that are split already stay as they are. UserError for what cp cannot do.
+    to know which tokens it gets. Experts that are split already stay as they are. UserError for encoders, and for what
+    cp cannot do.
     """
+    if tokens.count > 1 and isinstance(model, Encoder):
+        raise UserError(
+            "parallel.tp, parallel.cp: they are for decoders, and this model is an encoder; use shard", is_shared=True
+        )
     if tokens.cp > 1:
         caps = any(sight.soft_cap for sight in model.sights)
         states = any(isinstance(module, GatedDeltaNet) for module in model.modules())

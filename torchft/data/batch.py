@@ -31,16 +31,20 @@ class Batch:
     num_supervised: int  # labels that are not IGNORE, counted before the copy to a device, so reading it never waits
     num_tokens: int  # of rows that hold samples, padding after them included
     all_supervised: int  # of this batch of all ranks, by which each divides its loss
-    all_samples: int  # of this batch of all ranks
+    all_samples: int  # of this batch of all ranks, by which losses of samples are divided; where several share a row,
+    # once for each, as each computes these losses
     samples: tuple[int, ...]  # which samples are in it, by their place in the order of the data
     lengths: tuple[int, ...]  # tokens of each
     where: tuple[str, ...]  # "data/train.jsonl:17" of each, to name a batch that breaks training
+    shards: TokenShards = WHOLE_ROWS  # which of the rows' tokens these tokens and labels are
+    row_labels: Tensor | None = None  # [b, s] of whole rows; None: labels are
 
     @property
     def answers(self) -> dict[str, Any]:
-        """What losses/answers.py asks of a batch."""
+        """What losses/answers.py asks of a batch: of whole rows, its labels too."""
+        labels = self.labels if self.row_labels is None else self.row_labels
         count = len(self.tokens) if self.documents is None else self.documents[0]
-        found = {"labels": self.labels, "positions": self.positions, "documents_of": self.documents_of}
+        found = {"labels": labels, "positions": self.positions, "documents_of": self.documents_of}
         return found | {"count": count}  # documents in all rows, padding that is one included
 
     @property
@@ -66,6 +70,9 @@ class Batch:
             labels=labels,
             num_supervised=int((labels != IGNORE).sum()),
             num_tokens=self.num_tokens // shards.count,
+            all_samples=self.all_samples * shards.count,
+            shards=shards,
+            row_labels=self.labels,
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

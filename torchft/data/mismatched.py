@@ -6,6 +6,7 @@ from torchft.data.batch import Batch
 from torchft.data.loader import Loader
 from torchft.data.samples import Sample, Samples
 from torchft.losses.likelihood import IGNORE
+from torchft.token_shards import TokenShards
 
 
 def mismatched(samples: Samples, indices: Sequence[int]) -> Samples:
@@ -26,9 +27,9 @@ def mismatched(samples: Samples, indices: Sequence[int]) -> Samples:
     return found
 
 
-def as_batch(samples: Samples, *, packed: bool) -> Batch:
-    """All of ``samples`` as one batch."""
-    (batch,) = Loader(samples, batch_size=len(samples), seed=0, shuffle=False, packed=packed)
+def as_batch(samples: Samples, *, packed: bool, shards: TokenShards) -> Batch:
+    """All of ``samples`` as one batch, of which these tokens are this rank's."""
+    (batch,) = Loader(samples, batch_size=len(samples), seed=0, shuffle=False, packed=packed, shards=shards)
     return batch
 
 

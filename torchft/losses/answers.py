@@ -13,6 +13,7 @@ from torchft.losses.chunked import Project
 from torchft.losses.documents import answer_lengths, desensitised, document_sums
 from torchft.losses.likelihood import token_collision_logps, token_logps
 from torchft.losses.preference import chosen_nll, wpo_weights
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 ARGUMENTS = (  # what a preference loss may take
     "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
@@ -36,22 +37,25 @@ def answer_logps(
     positions: Tensor | None,
     count: int,
     documents_of: Tensor,
+    shards: TokenShards = WHOLE_ROWS,
     ld_alpha: float | None = None,
     collisions: bool = False,
 ) -> Tensor:
     """A head: log p of each sample's answers, [samples, 1 or 2] fp32 in nats.
 
+    ``shards``: of the rows, which tokens' hidden states these are; ranks that share rows all get their answers.
     ``ld_alpha``: of pairs, `desensitised` by it. ``collisions``: [2, samples, 2], besides the sums of log sum p^2 over
     the answers' tokens, without gradient.
     """
-    logps = token_logps(hidden, project, labels=labels)
+    own = shards.own(labels)
+    logps = shards.whole(token_logps(hidden, project, labels=own))
     if ld_alpha is not None:
         assert positions is not None, "rows of pairs have positions"
         logps = desensitised(logps, labels, positions, count, documents_of, alpha=ld_alpha)
     sums = document_sums(logps, positions, count)[documents_of]
     if not collisions:
         return sums
-    collided = token_collision_logps(hidden, project, labels=labels)
+    collided = shards.whole(token_collision_logps(hidden, project, labels=own))
     return torch.stack([sums, document_sums(collided, positions, count)[documents_of]])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchft.documents import run_starts
 from torchft.losses.documents import document_starts
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 Pooling = Literal["cls", "mean", "last"]
 
@@ -24,12 +25,15 @@ def pooled(
     positions: Tensor | None,
     count: int,
     documents_of: Tensor,
+    shards: TokenShards = WHOLE_ROWS,
 ) -> Tensor:
     """A head: of each of the samples' documents its first or last hidden state, or the mean; [samples, n, d] fp32.
 
     ``positions`` [b, s] restart at 0 with each of ``count`` documents, paddings included; None: each row is one.
-    ``documents_of`` [samples, n]: which of them are the samples'.
+    ``documents_of`` [samples, n]: which of them are the samples'. ``shards``: of the rows, which tokens' hidden states
+    these are; ranks that share rows all get their embeddings.
     """
+    hidden = shards.whole(hidden)
     flat = hidden.flatten(0, 1)  # [t, d]
     if positions is None:
         starts = torch.arange(0, len(flat), hidden.shape[1], device=flat.device)

@@ -5,17 +5,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchft.losses.likelihood import IGNORE
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 
 ARGUMENTS = ("chosen_scores", "rejected_scores", "margins", "scores", "targets", "step_scores", "labels")
 
 
-def scores_at(hidden: Tensor, project: object, *, score: nn.Module, labels: Tensor, count: int) -> Tensor:
+def scores_at(
+    hidden: Tensor,
+    project: object,
+    *,
+    score: nn.Module,
+    labels: Tensor,
+    count: int,
+    shards: TokenShards = WHOLE_ROWS,
+) -> Tensor:
     """A head: ``score`` of the hidden states at the ``count`` places of ``labels`` [b, s] that are not -100, [n, k].
 
-    In reading order. ``project``, which would give logits of words, is not used.
+    In reading order. ``project``, which would give logits of words, is not used. ``shards``: of the rows of ``labels``,
+    which tokens' hidden states these are; ranks that share rows all get their scores.
     """
     places = (labels != IGNORE).flatten().nonzero_static(size=count).squeeze(1)
-    return score(hidden.flatten(0, 1).index_select(0, places))
+    return score(shards.whole(hidden).flatten(0, 1).index_select(0, places))
 
 
 def bradley_terry(

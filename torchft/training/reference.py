@@ -45,7 +45,7 @@ class Reference:
             return self.table[list(batch.samples)].to(batch.tokens.device)
         if self.model is None:
             return torch.zeros(batch.documents_of.shape, device=batch.tokens.device)
-        head = partial(answer_logps, **batch.answers, ld_alpha=self.ld_alpha)
+        head = partial(answer_logps, **batch.answers, shards=batch.shards, ld_alpha=self.ld_alpha)
         with adapters_off(self.model):
             return self.model(batch.tokens, batch.positions, documents=batch.documents, head=head)
 
@@ -61,7 +61,7 @@ class Reference:
             table = torch.zeros(len(samples), 1 + samples.are_pairs, device=world.device)
             for batch in loader:
                 table[list(batch.samples)] = self.logps(batch.to(world.device))
-            return world.sum(table)
+            return world.sum(table) / world.tokens.count  # ranks that share rows all have their values
 
         table = kept_tensor({**key, "samples": samples.fingerprint(), "ld_alpha": self.ld_alpha}, compute)
         return Reference(None, table=table)
@@ -78,8 +78,9 @@ def kl_estimate(
     """
     total = torch.zeros((), device=world.device)
     for batch in window:
-        others = as_batch(mismatched(samples, batch.samples or (0,)), packed=packed).to(world.device)
-        head = partial(answer_logps, **others.answers)
+        chosen = mismatched(samples, batch.samples or (0,))
+        others = as_batch(chosen, packed=packed, shards=world.tokens).to(world.device)
+        head = partial(answer_logps, **others.answers, shards=others.shards)
         policy = model(others.tokens, others.positions, documents=others.documents, head=head)
         total += (policy - reference.logps(others)).sum() * bool(batch.samples)  # a rank without any keeps step
     return (world.sum(total) / sum(batch.all_samples for batch in window)).clamp(min=0)

@@ -18,8 +18,10 @@ Sharing = Literal["auto"] | bool  # the key share_prompts of a config
 WORTH = 1 / 6
 
 
-def unshareable(model: Decoder, routing: RoutingConfig) -> str | None:
-    """Why answers cannot share their prompt in this model; None if they can."""
+def unshareable(model: Decoder, routing: RoutingConfig, *, cp: int = 1) -> str | None:
+    """Why answers cannot share their prompt in this model, whose rows ``cp`` ranks share; None if they can."""
+    if cp > 1:
+        return "parallel.cp spreads a prompt over ranks, which attend to plain documents only"
     modules = list(model.modules())
     if any(isinstance(module, GatedDeltaNet) for module in modules):
         return "the model has recurrent layers, whose state after a prompt goes on into one answer only"
@@ -30,9 +32,9 @@ def unshareable(model: Decoder, routing: RoutingConfig) -> str | None:
     return None
 
 
-def check_shareable(setting: Sharing, model: Decoder, routing: RoutingConfig) -> bool:
+def check_shareable(setting: Sharing, model: Decoder, routing: RoutingConfig, *, cp: int = 1) -> bool:
     """Whether answers can share, and that was not ruled out. UserError if it was asked for and cannot be."""
-    reason = unshareable(model, routing) if setting else None
+    reason = unshareable(model, routing, cp=cp) if setting else None
     if setting is True and reason:
         raise UserError(f"share_prompts: {reason}; set it to auto or false", is_shared=True)
     return bool(setting) and reason is None
@@ -44,11 +46,11 @@ def pays(setting: Sharing, saved: float) -> bool:
 
 
 def share_pairs(
-    setting: Sharing, model: Decoder, routing: RoutingConfig, data: Samples | Stream, *, packed: bool
+    setting: Sharing, model: Decoder, routing: RoutingConfig, data: Samples | Stream, *, packed: bool, cp: int = 1
 ) -> tuple[bool, str]:
     """Whether pairs share their prompts, and why, for people. "auto" leaves rows that are not packed as they are."""
     samples = data.probe if isinstance(data, Stream) else data
-    if not samples.are_pairs or not check_shareable(setting, model, routing):
+    if not samples.are_pairs or not check_shareable(setting, model, routing, cp=cp):
         return False, "computed for each answer"
     saved = saved_share(samples)
     if pays(setting, saved) and (packed or setting is True):
