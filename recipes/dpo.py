@@ -286,10 +286,9 @@ def train(config: Config, run: Run, world: World) -> None:
     if other is not None and plan.budget is not None:
         compile_blocks(other, budget=plan.budget)
 
-    one_shape = config.compile or config.parallel.ep > 1
-    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
+    how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "shares_prompts": shares_prompts}
     how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
-    how |= {"shares_prompts": shares_prompts}
+    how |= {"one_shape": config.compile or config.parallel.ep > 1}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
