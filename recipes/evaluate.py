@@ -35,7 +35,7 @@ from torchft.generation.loaded import load
 from torchft.generation.multiple_choice import MultipleChoiceConfig, continuation_logps, pick, right_choice
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
-from torchft.ranks import gather, is_main, num_ranks, rank
+from torchft.ranks import gather, is_main
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import distributed
 from torchft.training.console import Console, last_panel
@@ -69,12 +69,15 @@ class Config:
     fp8: FP8Config | None = None  # or in 8, on GPUs that have them; `fp8: {}`
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"  # auto takes the accelerator if there is one
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # tp ranks split a model; others have one each
 
     def conflicts(self) -> Iterator[str]:
         if self.nf4 and self.fp8:
             yield "nf4, fp8: the weights have one format; leave one of the sections out"
         if not (self.perplexity or self.exact_match or self.multiple_choice or self.tasks):
             yield "nothing is measured: give perplexity, exact_match, multiple_choice or tasks"
+        if self.parallel.cp * self.parallel.ep > 1:
+            yield "parallel: cp and ep are for training; tp splits a model that is too large for a device"
 
 
 @torch.no_grad()
@@ -90,10 +93,10 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
     return world.sum(total).item() / supervised
 
 
-def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer) -> float:
+def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer, world: World) -> float:
     """The share of questions whose right answer is the likeliest, 0 to 1; each rank asks a part of them."""
     pairs, questions = [], []
-    for prompt in prompts(config.source, max_rows=config.max_rows)[rank() :: num_ranks()]:
+    for prompt in prompts(config.source, max_rows=config.max_rows)[world.data_rank :: world.data_size]:
         texts = prompt.values.get("choices")
         if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{prompt.where}: 'choices' must list at least two answers, text")
@@ -110,7 +113,7 @@ def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer) 
 
 
 def main(config: Config) -> None:
-    with distributed.init(ParallelConfig(), device=config.device) as world:
+    with distributed.init(config.parallel, device=config.device) as world:
         if world.size > 1 and config.tasks:
             raise UserError("tasks: the harness runs in one process; start them without torchrun", is_shared=True)
         model, tokenizer = load(
@@ -121,19 +124,23 @@ def main(config: Config) -> None:
             fp8=config.fp8,
             dtype=DTYPES[config.dtype],
             device=world.device,
+            tp_mesh=world.tp_mesh,
+            tokens=world.tokens,
         )
         found: dict[str, float] = {}
         if config.perplexity:
             samples = mix([config.perplexity.build(tokenizer=tokenizer, seq_len=config.seq_len)])
-            how = {"batch_size": config.batch_size, "rank": world.rank, "num_ranks": world.size}
+            how = {"batch_size": config.batch_size, "rank": world.data_rank, "num_ranks": world.data_size}
+            how |= {"shards": world.tokens}
             nll = evaluate(model, Loader(samples, seed=0, shuffle=False, **how), world)
             found |= {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sum(samples.lengths()))}
         model.eval()
         if config.exact_match:
             questions = conversations(config.exact_match.source, max_rows=config.exact_match.max_rows)
-            found["exact_match"] = share_right(answer_among_ranks(model, tokenizer, questions, config.exact_match))
+            said = answer_among_ranks(model, tokenizer, questions, config.exact_match, tp=world.tokens.tp)
+            found["exact_match"] = share_right(said)
         if config.multiple_choice:
-            found["multiple_choice"] = choices(config.multiple_choice, model, tokenizer)
+            found["multiple_choice"] = choices(config.multiple_choice, model, tokenizer, world)
         if config.tasks:
             try:
                 from torchft.generation.lm_eval_model import EngineLM, run_tasks

@@ -52,7 +52,7 @@ class Config:
     fp8: FP8Config | None = None  # or in 8, on GPUs that have them; `fp8: {}`
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"  # auto takes the accelerator if there is one
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # each process has the whole model
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # tp ranks split a model; others have one each
     seed: Annotated[int, Range(min=0, max=2**30)] = 0
 
     def conflicts(self) -> Iterator[str]:
@@ -60,6 +60,8 @@ class Config:
             yield "nf4, fp8: the weights have one format; leave one of the sections out"
         if self.output.suffix != ".jsonl":
             yield "output: the name must end in .jsonl"
+        if self.parallel.cp * self.parallel.ep > 1:
+            yield "parallel: cp and ep are for training; tp splits a model that is too large for a device"
 
 
 def main(config: Config) -> None:
@@ -72,6 +74,8 @@ def main(config: Config) -> None:
             fp8=config.fp8,
             dtype=DTYPES[config.dtype],
             device=world.device,
+            tp_mesh=world.tp_mesh,
+            tokens=world.tokens,
         )
         prompts = config.prompts.build()
         sizes = {"num_slots": config.num_slots, "max_len": config.seq_len}
@@ -81,9 +85,9 @@ def main(config: Config) -> None:
         with Steps(Console(quiet=not is_main()), len(prompts), start=done) as progress:
             while done < len(prompts):
                 chunk = prompts[done : done + config.save_every]
-                own = chunk[world.rank :: world.size]
+                own = chunk[world.data_rank :: world.data_size]
                 tokens = [tokenizer.render(prompt.messages, add_generation_prompt=True).tokens for prompt in own]
-                numbers = range(done + world.rank, done + len(chunk), world.size)  # draws depend on nothing else
+                numbers = range(done + world.data_rank, done + len(chunk), world.data_size)  # all that draws depend on
                 how = {"sampling": config.sampling, "num_samples": config.num_samples, "seed": config.seed}
                 found = answers(slots, tokenizer, tokens, numbers=numbers, **how)
                 theirs = gather([[row(config, p, reply) for reply in replies] for p, replies in zip(own, found)])
@@ -91,7 +95,8 @@ def main(config: Config) -> None:
                     partial.parent.mkdir(parents=True, exist_ok=True)
                     with open(partial, "a", encoding="utf-8") as f:
                         for i in range(len(chunk)):
-                            f.writelines(f"{line}\n" for line in theirs[i % world.size][i // world.size])
+                            who, place = i % world.data_size * world.tokens.tp, i // world.data_size
+                            f.writelines(f"{line}\n" for line in theirs[who][place])
                 done += len(chunk)
                 progress.update(done, dict(slots.num_finished))
         if is_main():

@@ -87,6 +87,11 @@ class TokenShards:
         """The sum over the tp ranks, on each of them. Without gradient: for decoding, where tokens are not shared."""
         return sum_over(x, self.tp_group)
 
+    def of_first(self, x: Tensor) -> Tensor:
+        """x of the first tp rank, on each of them. Without gradient."""
+        first: Tensor = ops.wait_tensor(ops.broadcast(x.contiguous(), 0, self.tp_group))
+        return first
+
 
 WHOLE_ROWS = TokenShards()
 

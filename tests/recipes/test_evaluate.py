@@ -78,7 +78,8 @@ def refused_tasks(folder):
         measure(folder, "tasks=[hellaswag]")
 
 
-def test_two_ranks_are_one_process(tmp_path):
+@pytest.mark.parametrize("way", [[], ["parallel.tp=2"]])
+def test_two_ranks_are_one_process(tmp_path, way):
     """Rows that do not divide among ranks: the same perplexity, exact match and multiple choice."""
     data = write_jsonl(tmp_path / "d.jsonl", [turns(*row) for row in [*ROWS, ROWS[0]]])
     asked = [{"prompt": q, "choices": ["9", "7", "red"], "answer": answer} for (q, _), answer in zip(ROWS, (1, 2, 0))]
@@ -86,7 +87,7 @@ def test_two_ranks_are_one_process(tmp_path):
     options = [f"perplexity.source={data}", f"exact_match.source={data}", f"multiple_choice.source={choices}"]
     alone = measure(tmp_path, *options, "batch_size=2")
     (tmp_path / "ranks").mkdir()
-    run_ranks(measure_shared, 2, tmp_path / "ranks", [*options, "batch_size=2"])
+    run_ranks(measure_shared, 2, tmp_path / "ranks", [*options, "batch_size=2", *way])
     together = json.loads((tmp_path / "ranks" / "found.json").read_text())
     assert together.pop("checkpoint_dir") == alone.pop("checkpoint_dir")
     assert together == pytest.approx(alone, rel=1e-6)

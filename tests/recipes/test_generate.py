@@ -49,11 +49,12 @@ def test_an_ended_run_goes_on_with_the_same_answers(tmp_path, monkeypatch):
     assert generate(parts, *options) == whole and not (parts / "a.jsonl.partial").exists()
 
 
-def test_ranks_give_what_one_process_gives(tmp_path):
+@pytest.mark.parametrize("way", [[], ["parallel.tp=2"]])
+def test_ranks_give_what_one_process_gives(tmp_path, way):
     options = ["num_samples=2", "sampling.temperature=3.0"]
     alone = generate(tmp_path, *options)
     (tmp_path / "ranks").mkdir()
-    run_ranks(part, 2, tmp_path / "ranks", options)
+    run_ranks(part, 2, tmp_path / "ranks", [*options, *way])
     found = [json.loads(line) for line in (tmp_path / "ranks" / "a.jsonl").read_text().splitlines()]
     assert found == alone
 

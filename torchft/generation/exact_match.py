@@ -50,12 +50,18 @@ def answer_all(
 
 
 def answer_among_ranks(
-    model: Decoder, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], limits: ExactMatchConfig
+    model: Decoder,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    limits: ExactMatchConfig,
+    *,
+    tp: int = 1,
 ) -> list[Answer]:
-    """All ranks, each with the whole model: `answer_all`, of which each answers a part and hears of all."""
-    own = answer_all(model, tokenizer, conversations[rank() :: num_ranks()], limits)
-    found = gather(own)
-    return [found[i % num_ranks()][i // num_ranks()] for i in range(len(conversations))]
+    """All ranks, each ``tp`` of them with a whole model: `answer_all`, of which they answer a part and hear of all."""
+    count = num_ranks() // tp
+    own = answer_all(model, tokenizer, conversations[rank() // tp :: count], limits)
+    found = gather(own)[::tp]
+    return [found[i % count][i // count] for i in range(len(conversations))]
 
 
 def share_right(answers: Sequence[Answer]) -> float:

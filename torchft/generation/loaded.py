@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchft import hub, models, tokenizers
 from torchft.adapters.fp8 import FP8Config, apply_fp8
@@ -11,12 +12,14 @@ from torchft.adapters.lora import apply_lora
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.peft import load_peft, peft_config
 from torchft.adapters.qat import round_inputs
+from torchft.adapters.tensor_parallel import split_blocks
 from torchft.dequantise import TorchaoFiles, open_weights
 from torchft.errors import UserError
 from torchft.generation.compiled import Compile, backend_of
 from torchft.generation.engine import Engine
 from torchft.hub_names import pieces
 from torchft.modules.decoder import Decoder
+from torchft.token_shards import WHOLE_ROWS, TokenShards
 from torchft.tokenizers.tokenizer import Tokenizer
 
 
@@ -29,11 +32,14 @@ def load(
     fp8: FP8Config | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device,
+    tp_mesh: DeviceMesh | None = None,
+    tokens: TokenShards = WHOLE_ROWS,
 ) -> tuple[Decoder, Tokenizer]:
     """The model of a Hub folder in eval mode, with the adapter of a PEFT folder if one is named, and its tokenizer.
 
     ``nf4``, ``fp8``: the weights are kept in that format. Of a quantised folder the model has the values of its weights
-    in ``dtype``, and rounds its inputs where the folder is for that.
+    in ``dtype``, and rounds its inputs where the folder is for that. ``tp_mesh``, ``tokens``: of ranks that split the
+    blocks (tensor parallel), which then must be asked the same.
     """
     model = models.build(models.config_json(checkpoint_dir)).to(dtype)
     if nf4:
@@ -44,13 +50,15 @@ def load(
     if adapter is not None:
         apply_lora(model, peft_config(model, adapter, hub_name=names.peft_name, fused=names.fused))
         fuse_lora(model)
+    if tp_mesh is not None:
+        split_blocks(model, tp_mesh, tokens)
     model.to_empty(device=device)
     hub.load_weights(model, checkpoint_dir)
     if inputs := _rounded_inputs(model, checkpoint_dir):
-        if nf4 or fp8 or adapter:
+        if nf4 or fp8 or adapter or tokens.tp > 1:
             raise UserError(
-                f"{checkpoint_dir} is quantised with its inputs: it takes no adapter, nf4 or fp8; use the checkpoint "
-                "that it was made of"
+                f"{checkpoint_dir} is quantised with its inputs: it takes no adapter, nf4, fp8 or parallel.tp; use the "
+                "checkpoint that it was made of"
             )
         round_inputs(model, inputs)
     if adapter is not None:

@@ -12,6 +12,7 @@ from torchft.config import Range
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE, token_logps
 from torchft.modules.decoder import Decoder, Project
+from torchft.modules.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ def continuation_logps(
         for row, (a, b) in enumerate(batch):
             tokens[row, : len(a) + len(b)] = torch.tensor([*a, *b])
             labels[row, len(a) - 1 : len(a) + len(b) - 1] = torch.tensor(b)
-        sums, greedy = model(tokens.to(device), head=partial(_sums, labels=labels.to(device))).tolist()
+        cache = KVCache(len(model.layers), num_slots=None) if model.shards else None  # so each rank has whole rows
+        sums, greedy = model(tokens.to(device), head=partial(_sums, labels=labels.to(device)), cache=cache).tolist()
         found += [(total, bool(is_greedy)) for total, is_greedy in zip(sums, greedy)]
     back = {place: i for i, place in enumerate(order)}
     return [found[back[i]] for i in range(len(pairs))]

@@ -93,6 +93,10 @@ class Slots:
         seen = None if self.seen is None else self.seen[rows]
         count, is_done = self.count[rows], self.is_done[rows]
         token, logp = self.sample(logits, own, count, seen=seen, filtered=filtered, vocab_size=self.vocab_size)
+        shards = self.model.shards
+        if shards is not None and shards.tp > 1:  # ranks whose logits differ in a last bit would part for good
+            token, logp = shards.of_first(torch.stack((token.double(), logp.double()))).unbind()
+            token, logp = token.long(), logp.float()
         self.answers[rows, count], self.logps[rows, count] = token, logp  # of rows that are done never read
         self.token[rows] = token
         if self.seen is not None:

@@ -14,7 +14,11 @@ from torchft.adapters.lora import LoRAConfig, apply_lora
 from torchft.adapters.nf4 import NF4Config, apply_nf4
 from torchft.adapters.tensor_parallel import split_blocks
 from torchft.errors import UserError
+from torchft.generation.engine import Engine
 from torchft.generation.greedy import generate
+from torchft.generation.requests import Request
+from torchft.generation.sampling import Sampling
+from torchft.modules.sharded import gathered
 from torchft.token_shards import TokenShards
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, init, sum_gradients
 
@@ -35,7 +39,7 @@ CASES = {
 }
 
 
-def build(sizes, surgery, world=None):
+def build(sizes, surgery, world=None, is_sharded=True):
     """As a recipe does it, with random values for all parameters, the same for any number of ranks."""
     model = models.build(tiny.SIZES | sizes | {"architectures": ["LlamaForCausalLM"]}).to(torch.float32)
     if "nf4" in surgery:
@@ -47,6 +51,7 @@ def build(sizes, surgery, world=None):
         fuse_lora(model)
     if world:
         split_blocks(model, world.tp_mesh, world.tokens)
+    if world and is_sharded:
         for layer in model.layers:
             fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
         fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
@@ -102,6 +107,39 @@ def test_split_blocks_are_the_whole_ones():
             for n, gradient in gradients.items():
                 assert (gradient - want[n]).norm() <= bar * want[n].norm() + 1e-9, (name, n)
             assert answers == want_answers or name == "fp8"
+
+
+def sampled(model, *, compile=None, wrong=False):
+    """What it draws, by an engine with fewer slots than requests; ``wrong``: a rank whose own draws are others."""
+    engine = Engine(model, num_slots=2, max_len=32, stop_ids=[0, 1], compile=compile)
+    if wrong:
+        draw = engine._slots.sample
+        engine._slots.sample = lambda *args, **how: tuple(x + 1 for x in draw(*args, **how))
+    sampling = Sampling(max_new_tokens=9, temperature=1.5)
+    prompts = [[3, 5, 7], [1], list(range(2, 21)), [9, 9]]
+    found = engine.complete([Request(prompt=p, sampling=sampling, seed=i) for i, p in enumerate(prompts)])
+    heads = {cache.k.shape[2] for cache in engine._slots.cache.layers}
+    return [c.tokens for c in found], [c.logps for c in found], heads
+
+
+def sampled_by_ranks(ways):
+    with init(TP, device="cpu") as world:
+        found = []
+        for is_sharded, compile in ways:
+            model = build({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, {}, world, is_sharded)
+            with gathered(model):
+                found.append([sampled(model, compile=compile), sampled(model, wrong=world.rank == 1)])
+    return found
+
+
+def test_ranks_draw_the_same_tokens_each_with_its_heads():
+    """With FSDP and without, compiled or not; also where a rank alone would have drawn others."""
+    tokens, logps, heads = sampled(build({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, {}))
+    assert heads == {4} and len({t for answer in tokens for t in answer}) > 12
+    for found in run_ranks(sampled_by_ranks, 2, [(True, None), (False, None), (True, "aot_eager"), (False, "eager")]):
+        for ours, theirs, held in (one for way in found for one in way):
+            assert ours == tokens and held == {2}
+            assert [x for row in theirs for x in row] == pytest.approx([x for row in logps for x in row], abs=1e-5)
 
 
 def refused():
