@@ -4,11 +4,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from torchft import models, shipped
+from torchft.adapters.formats import unfit
 from torchft.adapters.lora import apply_lora, num_parameters
 from torchft.adapters.nf4 import apply_nf4
+from torchft.adapters.targets import find_linears
 from torchft.config_load import load
 from torchft.errors import UserError
 
@@ -57,6 +60,11 @@ def test_config_is_valid_and_fits_its_model(name: str, tmp_path: Path) -> None:
         apply_lora(model, config.lora)
         trained, total = num_parameters(model)
         assert 0 < trained < 0.2 * total
+    if raw["recipe"] == "quantize":
+        layers = find_linears(model, config.targets, key="targets")
+        how = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+        problems = unfit(layers, config.format, group_size=config.group_size, **how)
+        assert all(p.startswith("format: fp8 needs a GPU") for p in problems)
     assert config.seq_len <= model.config.max_seq_len
 
 

@@ -185,3 +185,40 @@ def test_demo(tmp_path):
     assert found["perplexity_before"] < 1.001 and found["perplexity_after"] < 1.001
     assert found["bytes_after"] < 0.36 * found["bytes_before"]
     assert models.load(out / "export").config == models.load(shipped.config_path("demo/base")).config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8_weight", "nf4"])
+def test_a_gpu_rounds_as_a_cpu_does(format, quantize, tmp_path):
+    """But for weights in the middle of two codes; and measures the same."""
+    cpu = quantize(tmp_path / "cpu", f"format={format}")
+    gpu = quantize(tmp_path / "gpu", f"format={format}", "device=cuda")
+    one, other = open_weights(cpu / "export"), open_weights(gpu / "export")
+    equal = [(one.read(name) == other.read(name)).float().mean().item() for name in one.names()]
+    assert min(equal) > 0.99 and sum(equal) / len(equal) > 0.999
+    assert report(gpu)["nll_after"] == pytest.approx(report(cpu)["nll_after"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_fp8_is_what_torchao_computes_on_a_gpu(quantize, tmp_path):
+    out = quantize(tmp_path / "run", "format=fp8", "dtype=bf16", "device=cuda")
+    batch = {name: values.cuda() for name, values in hub_batch(out / "export", HELD_OUT).items()}
+    theirs = AutoModelForCausalLM.from_pretrained(out / "export", dtype=torch.bfloat16).cuda().eval()
+    assert type(theirs.get_parameter(WEIGHT)).__name__ == "Float8Tensor"
+    with torch.no_grad():
+        loss = hub_loss(theirs, batch).item()
+    assert report(out)["nll_after"] == pytest.approx(loss, rel=2e-2)
+    assert torch.equal(theirs.get_parameter(WEIGHT).dequantize().cpu(), open_weights(out / "export").read(WEIGHT))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["int4", "fp8_int4"])
+def test_packed_int4_is_what_mslk_computes_on_a_gpu(format, quantize, tmp_path):
+    pytest.importorskip("mslk")
+    out = quantize(tmp_path / "run", f"format={format}", "dtype=bf16", "device=cuda", "group_size=128")
+    batch = {name: values.cuda() for name, values in hub_batch(out / "export", HELD_OUT).items()}
+    theirs = AutoModelForCausalLM.from_pretrained(out / "export", dtype=torch.bfloat16).cuda().eval()
+    assert type(theirs.get_parameter(WEIGHT)).__name__ == "Int4Tensor"
+    with torch.no_grad():
+        loss = hub_loss(theirs, batch).item()
+    assert report(out)["nll_after"] == pytest.approx(loss, rel=2e-2)
