@@ -38,7 +38,7 @@ from torchft.losses.likelihood import IGNORE, nll_sum
 from torchft.models.shallow import build_shallow
 from torchft.ranks import gather, is_main, local
 from torchft.training.compile import compiled
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, init, sum_gradients
+from torchft.training.distributed import ParallelConfig, World, frozen_weights, init, sum_gradients
 from torchft.training.environment import device_name, seconds_since_start
 from torchft.training.in_backward import InBackward
 from torchft.training.meter import training_flops
@@ -91,7 +91,6 @@ def measure(given: argparse.Namespace, world: World) -> None:
     device, shards = world.device, world.tokens
     if given.limit_gib and device.type == "cuda":
         torch.cuda.memory.set_per_process_memory_fraction(given.limit_gib * 2**30 / torch.cuda.mem_get_info(device)[1])
-    torch.manual_seed(world.data_rank)
     model = models.build(given.model)
     if given.layers:
         model = build_shallow(model.hub_format.config_json, given.layers)
@@ -124,15 +123,18 @@ def measure(given: argparse.Namespace, world: World) -> None:
     )
     if world.mesh:
         for experts in split_experts(model, world.ep_mesh):
-            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=world.sums)
         split_blocks(model, world.tp_mesh, shards)
-        for layer in model.layers:
-            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        left = frozen_weights(model) if plan.gathers_once else set()
+        for layer in () if left else model.layers:  # adapters alone are gathered at one time
+            fully_shard(layer, mesh=world.mesh, mp_policy=world.sums)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=world.sums, reshard_after_forward=True, ignored_params=left)
         sum_gradients(model)
     apply_plan(model, plan)
     model.to_empty(device=device)
+    torch.manual_seed(0)
     fill(model, device)
+    torch.manual_seed(world.data_rank)
     model.train()
     if given.no_graphs:
         model.replay = None

@@ -42,7 +42,7 @@ from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed, state
 from torchft.training.console import Console, Steps, answers_table, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.distributed import ParallelConfig, World, sum_gradients
 from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.in_backward import InBackward
@@ -150,11 +150,11 @@ def load_model(config: Config, model: Decoder, world: World) -> None:
     """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
     if world.mesh:
         for experts in split_experts(model, world.ep_mesh):
-            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=world.sums)
         split_blocks(model, world.tp_mesh, world.tokens)
         for layer in model.layers:
-            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+            fully_shard(layer, mesh=world.mesh, mp_policy=world.sums)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=world.sums, reshard_after_forward=True)
         sum_gradients(model)
     model.to_empty(device=world.device)
     if config.from_scratch:

@@ -46,7 +46,7 @@ from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import checkpoint, distributed, state
 from torchft.training.console import Console, Steps, answers_table, first_panel, last_panel
 from torchft.training.disk import check_space
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, World, sum_gradients
+from torchft.training.distributed import ParallelConfig, World, frozen_weights, sum_gradients
 from torchft.training.facts import run_facts
 from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
@@ -155,16 +155,17 @@ def build_model(config: Config, device: torch.device) -> Decoder:
     return model.train()
 
 
-def load_base(config: Config, model: Decoder, world: World) -> None:
-    """Gives ``model`` memory and weights; of several ranks each gets a part of every tensor."""
+def load_base(config: Config, model: Decoder, world: World, *, whole: bool = False) -> None:
+    """Gives ``model`` memory and weights; of several ranks each gets a part of all (``whole``: of trained) tensors."""
     if world.mesh:
         for experts in split_experts(model, world.ep_mesh):
-            fully_shard(experts, mesh=world.expert_mesh, mp_policy=SUM_IN_FP32)
+            fully_shard(experts, mesh=world.expert_mesh, mp_policy=world.sums)
         split_blocks(model, world.tp_mesh, world.tokens)
-        check_shards(model, world.mesh.size(-1))
-        for layer in model.layers:
-            fully_shard(layer, mesh=world.mesh, mp_policy=SUM_IN_FP32)
-        fully_shard(model, mesh=world.root_mesh, mp_policy=SUM_IN_FP32, reshard_after_forward=True)
+        left = frozen_weights(model) if whole else set()
+        check_shards(model, world.mesh.size(-1), left=left)
+        for layer in () if left else model.layers:  # adapters alone are gathered at one time
+            fully_shard(layer, mesh=world.mesh, mp_policy=world.sums)
+        fully_shard(model, mesh=world.root_mesh, mp_policy=world.sums, reshard_after_forward=True, ignored_params=left)
         sum_gradients(model)
     model.to_empty(device=world.device)
     hub.load_weights(model, config.checkpoint_dir)
@@ -247,7 +248,7 @@ def train(config: Config, run: Run, world: World) -> None:
         keep=keep,
         **shape,
     )
-    load_base(config, model, world)
+    load_base(config, model, world, whole=found[0].gathers_once)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from recipe_runs import rows
 
@@ -21,13 +22,15 @@ from torchft.training.interrupt import SAME_S
 from torchft.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
+PATH = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 STEPS = ["max_steps=8", "epochs=20", "batch_size=1", "save_every=2", "export=[adapter]"]
 
 GOES_ON = r"going on after step\W+[24]"  # a rank that is killed in step 6 may have been writing step 4
 
 
 def launch(*words, fault=None, **how):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_FAULT": fault or "", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_FAULT": fault or "", "PYTHONPATH": PATH}
     command = [sys.executable, "-c", "import sys; from torchft.cli.main import main; sys.exit(main())", "run"]
     return subprocess.Popen(
         [*command, "lora_finetune", *map(str, words)],
@@ -105,8 +108,10 @@ def test_x1_a_rank_that_dies_is_named_and_the_same_command_goes_on(words, tmp_pa
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_x1_torchrun_restarts_and_the_run_goes_on_by_itself(words, tmp_path):
-    process = launch("--nproc-per-node=2", "--max-restarts=1", *words, fault="before_step:kill:1:5")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_x1_torchrun_restarts_and_the_run_goes_on_by_itself(words, tmp_path, device):
+    options = ["--nproc-per-node=2", "--max-restarts=1", *words, f"device={device}"]
+    process = launch(*options, fault="before_step:kill:1:5")
     code, out, err = ended(process)
     assert code == 0 and re.search(GOES_ON, out) and out.count("Done") == 1, (out, err)
     assert statuses(tmp_path / "run")[-1] == "finished" and len(statuses(tmp_path / "run")) == 2

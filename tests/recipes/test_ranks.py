@@ -16,6 +16,7 @@ ADAM = "optimizer={_component_: torch.optim.AdamW, lr: 1e-3, weight_decay: 0.1}"
 # 20 steps of 4 rows; without packing the last one of an epoch has a single row, so that ranks have none
 STEPS = ["max_steps=20", "epochs=20", "clip_grad_norm=0.5", "gradient_accumulation_steps=1", ADAM]
 LONG = pytest.mark.long
+WHOLE = "parallel.reshard_after_forward=false"  # frozen weights too: no rank has parts of them
 STOCHASTIC = "optimizer={_component_: torchft.training.stochastic.AdamWStochastic, lr: 1e-3, state_dtype: fp32}"
 
 
@@ -60,7 +61,7 @@ def same_run(ours, alone, steps=20, bar=1e-5):
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
         (2, ["from_scratch=true"]),
-        (2, ["parallel.reshard_after_forward=false"]),
+        (2, [WHOLE]),
         (2, ["parallel.tp=2"]),
         (2, ["parallel.cp=2", "packed=true"]),
         (4, ["parallel.tp=2", "packed=true", STOCHASTIC]),
@@ -91,6 +92,8 @@ def wide(base, tmp_path_factory):
         (2, ["packed=true"]),
         pytest.param(4, ["lora.dora=true", "lora.rank=3", "parallel.replicate=2"], marks=LONG),
         (2, ["nf4={}", "packed=true"]),
+        (2, [WHOLE, "packed=true"]),
+        (2, [WHOLE, "lora.dora=true", "parallel.tp=2"]),
         (2, ["parallel.tp=2", "lora.dora=true"]),
         (4, ["parallel.tp=2", "parallel.replicate=2", "lora.rank=3"]),
         (2, ["parallel.cp=2", "packed=true", "nf4={}"]),
@@ -124,6 +127,14 @@ def test_preferences_are_those_of_one_process(dpo, dpo_settings, pairs, tmp_path
     alone = dpo(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
     ours = together(size, "dpo", dpo_settings, tmp_path / "together", *options)
     same_run(ours, alone, steps=10)
+
+
+def test_weights_that_stay_whole_need_not_divide(lora, settings, base, tmp_path, no_picture):
+    """NF4 as below, where it is refused, of a model whose frozen weights each rank has all of."""
+    options = [*STEPS, "max_steps=4", f"checkpoint_dir={base}", "nf4={}"]
+    alone = lora(tmp_path / "alone", *options, "batch_size=4")
+    ours = together(2, "lora_finetune", settings, tmp_path / "together", *options, WHOLE)
+    same_run(ours, alone, steps=4)
 
 
 @pytest.mark.parametrize("options", [[], ["parallel.tp=2"], ["parallel.cp=2"]])
@@ -191,6 +202,7 @@ def test_what_does_not_divide_is_refused_before_loading(settings, base, tmp_path
         (["dtype=fp32", "parallel.cp=2", "packed=true"], 1e-4),
         (["dtype=fp32", "parallel.tp=2", "nf4={}"], 5e-3),
         (["dtype=bf16", "packed=true", "compile=true"], 5e-2),
+        (["dtype=bf16", "packed=true", "compile=true", WHOLE], 5e-2),
         (["dtype=bf16", "packed=true", "parallel.cp=2", "compile=true"], 5e-2),
         (["dtype=bf16", "packed=true", "parallel.tp=2", "compile=true", "recompute=0.3"], 5e-2),
         (["dtype=bf16", "packed=true", "parallel.tp=2", "fp8={}"], 0.2),

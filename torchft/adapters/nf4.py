@@ -5,7 +5,7 @@ Contract with the loader: none. An ``NF4Weight`` has the shape and dtype of the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,13 @@ def apply_nf4(model: nn.Module, config: NF4Config, *, device: torch.device | str
     return list(layers)
 
 
-def check_shards(model: nn.Module, num_shards: int) -> None:
+def check_shards(model: nn.Module, num_shards: int, *, left: Set[Tensor] = frozenset()) -> None:
     """Raises UserError if an NF4 layer of ``model``, or tensor parallel's part of it, cannot be cut into ``num_shards``
-    parts. Call it before FSDP.
+    parts. Call it before FSDP, with what is ``left`` whole.
 
     FSDP gives each rank ceil(out / ranks) rows, the last ones what is left; a part must hold whole groups.
     """
-    parts = {n.removesuffix(".weight"): local(w) for n, w in model.named_parameters()}
+    parts = {n.removesuffix(".weight"): local(w) for n, w in model.named_parameters() if w not in left}
     weights = {name: part for name, part in parts.items() if isinstance(part, NF4Weight)}
     rows = {name: math.ceil(weight.shape[0] / num_shards) for name, weight in weights.items()}
     problems = [

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from processes import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from torchft import ranks
 from torchft.errors import UserError
 from torchft.training import distributed
-from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, degrees
+from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, degrees, frozen_weights, sum_gradients
 from torchft.training.in_backward import InBackward
 from torchft.training.optim import check_finite, clip_grad_norm
 
@@ -176,3 +177,75 @@ def test_x6_what_is_not_finite_on_one_rank_stops_all_and_names_it():
     assert first["error"] == second["error"]
     assert "step 4" in first["error"] and "not finite on rank 1" in first["error"]
     assert "row 1" in first["error"] and "row 0" not in first["error"] and "0.weight" in first["error"]
+
+
+def summed(in_fp32):
+    """The gradient of a bf16 weight, whole, of which each rank has a summand of many magnitudes; and this rank's."""
+    with distributed.init(ParallelConfig(), device="cpu") as world:
+        torch.manual_seed(world.rank)
+        own = (torch.randn(4096) * 2.0 ** torch.randint(-12, 12, (4096,))).bfloat16()
+        model = nn.Linear(1, 4096, bias=False, dtype=torch.bfloat16)
+        fully_shard(model, mesh=world.mesh, mp_policy=SUM_IN_FP32 if in_fp32 else world.sums)
+        sum_gradients(model)
+        (model(torch.ones(1, 1, dtype=torch.bfloat16)) * own).sum(dtype=torch.float32).backward()
+        return ranks.whole(model.weight.grad).squeeze(1), own
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_of_gradients_are_those_in_fp32_to_the_bit(size):
+    """Two of them are summed in bf16, which would not do for three."""
+    ours, own = zip(*run_ranks(summed, size, False))
+    wide, _ = zip(*run_ranks(summed, size, True))
+    assert torch.equal(ours[0], wide[0]) and torch.equal(ours[0], torch.stack(own).float().sum(0).bfloat16())
+    assert torch.equal(ours[0], sum(own)) == (size == 2)
+
+
+class Adapted(nn.Module):
+    """A frozen layer, and a smaller one that is trained beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(9, 7).requires_grad_(False), nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.frozen(x).sum() + self.trained(x).sum()
+
+
+class Gathers(AllGather):
+    """FSDP2's own, with a note of how many values each gave."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self.sizes.append(output_tensor.numel())
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def left_whole():
+    """Names of what this rank has parts of, and how many values a step gathers at a time."""
+    with distributed.init(ParallelConfig(), device="cpu") as world:
+        torch.manual_seed(0)
+        model = Adapted()
+        fully_shard(model, mesh=world.mesh, mp_policy=world.sums, ignored_params=frozen_weights(model))
+        sum_gradients(model)
+        gathers = Gathers()
+        model.set_custom_all_gather(gathers)
+        model(torch.ones(2, 9)).backward()
+        return [name for name, p in model.named_parameters() if ranks.is_sharded(p)], gathers.sizes
+
+
+def test_frozen_weights_are_not_gathered():
+    (names, gathered), _ = run_ranks(left_whole, 2)
+    assert names == ["trained.weight", "trained.bias"]
+    assert gathered == [6 * 9 + 6]  # five rows, and five biases, in two parts
+
+
+def test_what_is_mostly_trained_is_sharded_whole():
+    model = Adapted()
+    assert frozen_weights(model) == {*model.frozen.parameters()}
+    model.frozen.weight.requires_grad_()
+    assert not frozen_weights(model)
