@@ -64,7 +64,8 @@ class RolloutConfig:
 
 
 class Rollouts:
-    """All ranks make one, and call it alike; each answers its part of the prompts, with whole weights meanwhile.
+    """All ranks make one, and call it alike; each answers its part of the prompts, with whole weights meanwhile; tp
+    ranks together, each with its heads. Ranks that share rows then have each other's episodes.
 
     What is drawn is decided by the seed and a prompt's number: there is no generator whose state would have to be
     saved.
@@ -83,14 +84,22 @@ class Rollouts:
         publish: Callable[..., Path],
     ) -> None:
         """``publish``: as for RemoteEngine, whose server may be asked for."""
-        if config.prompts_per_step % world.size:
+        self._number, self._count = world.rank // world.tokens.tp, world.size // world.tokens.tp  # who answers alone
+        if config.prompts_per_step % self._count:
+            each = "processes" if world.tokens.tp == 1 else f"groups of parallel.tp {world.tokens.tp}"
             raise UserError(
-                f"rollout.prompts_per_step: {config.prompts_per_step} is not a multiple of the {world.size} processes",
+                f"rollout.prompts_per_step: {config.prompts_per_step} is not a multiple of the {self._count} {each}",
+                is_shared=True,
+            )
+        if world.tokens.tp > 1 and config.environment:
+            raise UserError(
+                "rollout.environment: each of the parallel.tp ranks would have its own, which may say another thing: "
+                "use parallel.shard",
                 is_shared=True,
             )
         self.loader = PromptLoader(prompts, seed=seed)
         self._config, self._tokenizer, self._seed, self._world = config, tokenizer, seed, world
-        self._own = config.prompts_per_step // world.size
+        self._own = config.prompts_per_step // self._count
         slots = min(config.num_slots, self._own * config.group_size)
         self._engine: Engine | RemoteEngine
         if config.server:
@@ -113,7 +122,8 @@ class Rollouts:
         return min(steps, max_steps or steps)
 
     def next(self) -> tuple[list[Episode], Scores]:
-        """This rank's episodes of a step, a group after the other, and their scores. The engine's memory is freed.
+        """The episodes of a step whose rows this rank has (`World.data_rank`), a group after the other, and their
+        scores. The engine's memory is freed.
 
         Groups with equal rewards are replaced by those of further prompts, as ``resample`` allows.
         """
@@ -121,8 +131,8 @@ class Rollouts:
         episodes: list[Episode] = []
         found: list[Scores] = []
         for _ in range(1 + self._config.resample):
-            first = self.loader.taken + self._world.rank * own
-            prompts = self.loader.take(self._config.prompts_per_step)[self._world.rank * own :][:own]
+            first = self.loader.taken + self._number * own
+            prompts = self.loader.take(self._config.prompts_per_step)[self._number * own :][:own]
             new = self._episodes(prompts, self._config.sampling, group_size=g, first=first)
             episodes += new
             found.append(self._scorer.score([episode.attempt for episode in new]))
@@ -134,15 +144,15 @@ class Rollouts:
         self._engine.release()
         chosen = (~teaches).to(torch.int8).argsort(stable=True)[:own].sort().values  # those that teach, first
         numbers = [int(group) * g + i for group in chosen for i in range(g)]
-        return [episodes[i] for i in numbers], choose(found, numbers)
+        return self._shared([episodes[i] for i in numbers], choose(found, numbers))
 
     def held_out(self, prompts: Sequence[Prompt]) -> Row:
         """Rewards of a greedy answer to each of ``prompts``, of all ranks."""
-        own = prompts[self._world.rank :: self._world.size]
+        own = prompts[self._number :: self._count]
         episodes = self._episodes(own, replace(self._config.sampling, temperature=0.0), group_size=1, first=0)
         self._engine.release()
         scores = self._scorer.score([episode.attempt for episode in episodes])
-        return rollout_row(episodes, scores, group_size=1, prefix="eval_")
+        return rollout_row(episodes, scores, group_size=1, copies=self._world.tokens.tp, prefix="eval_")
 
     def row(self) -> Row:
         """All ranks: how often a server was asked again so far, if it was."""
@@ -150,6 +160,16 @@ class Rollouts:
             return {}
         retries = sum(gather(self._engine.num_retries))
         return {"server_retries": retries} if retries else {}
+
+    def _shared(self, episodes: list[Episode], scores: Scores) -> tuple[list[Episode], Scores]:
+        """All ranks: of the ranks that share rows those of all cp ranks, and of tp ranks the first one's scores."""
+        tokens, first = self._world.tokens, self._world.data_rank * self._world.tokens.count
+        if tokens.count == 1:
+            return episodes, scores
+        ended = [replace(episode, environment=None) for episode in episodes]  # which need not be picklable
+        parts = gather((ended, scores))[first : first + tokens.count : tokens.tp]
+        episodes = [episode for own, _ in parts for episode in own]
+        return episodes, choose([own for _, own in parts], range(len(episodes)))
 
     def _episodes(self, prompts: Sequence[Prompt], how: Sampling, *, group_size: int, first: int) -> list[Episode]:
         environment = self._config.environment

@@ -59,9 +59,11 @@ class Curves:
         return {name: s / n for name, s, n in zip(NAMES, sums, counts) if n}
 
 
-def rollout_row(episodes: Sequence[Episode], scores: Scores, *, group_size: int, prefix: str = "") -> Row:
-    """All ranks: of all their episodes. Rewards are means of those that are known; ``groups_equal`` is the share of
-    groups without a difference, which teach nothing."""
+def rollout_row(
+    episodes: Sequence[Episode], scores: Scores, *, group_size: int, copies: int = 1, prefix: str = ""
+) -> Row:
+    """All ranks: of all their episodes, of which every ``copies`` neighbours have the same ones. Rewards are means of
+    those that are known; ``groups_equal`` is the share of groups without a difference, which teach nothing."""
     totals = scores.total.view(-1, group_size)
     is_equal = totals.eq(totals[:, :1]).all(1) | (totals.isnan().sum(1) >= group_size - 1)
     sums = Counter[str](episodes=len(episodes), groups=len(totals), equal=int(is_equal.sum()))
@@ -74,7 +76,7 @@ def rollout_row(episodes: Sequence[Episode], scores: Scores, *, group_size: int,
         sums[f"ended/{episode.finish}"] += 1
     for name, count in scores.num_failed.items():
         sums[f"rewards_failed/{name}"] += count
-    total = sum((Counter(own) for own in gather(dict(sums))), Counter[str]())  # drops what is 0
+    total = sum((Counter(own) for own in gather(dict(sums))[::copies]), Counter[str]())  # drops what is 0
     row: Row = {n: total[n] / total[f"known {n}"] for n in sums if f"known {n}" in sums and total[f"known {n}"]}
     row |= {n: total[n] / total["episodes"] for n in ("response_tokens", "turns")}
     row |= {n: total[n] / total["episodes"] for n in sorted(total) if n.startswith("ended/") and n != "ended/stop"}
