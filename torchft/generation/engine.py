@@ -20,7 +20,6 @@ from torchft.generation.cuda_graphs import Graphs
 from torchft.generation.requests import Completion, Finish, Request, Running, Update
 from torchft.generation.slots import Slots, Start
 from torchft.modules.decoder import Decoder
-from torchft.modules.kv_cache import KVCache
 
 PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
 SHORTEST = 16  # tokens of the smallest prefill
@@ -131,7 +130,7 @@ class Engine:
     def release(self) -> None:
         """Free the cache; the next request makes it anew. For the time in which the model trains."""
         assert self.is_idle
-        self._slots.cache = KVCache(len(self.model.layers), num_slots=self.max_len)
+        self._slots.release()
         self._graphs = Graphs(self._slots.moved) if self._graphs else None
 
     def _fill(self) -> list[Update]:

@@ -4,11 +4,12 @@ Every tensor has a fixed place, so that a step can be captured as a CUDA graph a
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from torchft.generation.cuda_graphs import Graphs
+from torchft.generation.prefill import Prefill
 from torchft.generation.sampling import Rules, Sampling, rules, sample
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.kv_cache import KVCache
@@ -34,6 +35,7 @@ class Slots:
         device = model.embed_tokens.weight.device
         self.model, self.num_slots, self.vocab_size = model, num_slots, vocab_size
         self.cache = KVCache(len(model.layers), num_slots=max_len)
+        self.prompts = Prefill(model, reach=max_len, graphs=Graphs(list) if device.type == "cuda" else None)
         self.stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         self.token = torch.zeros(num_slots, dtype=torch.int64, device=device)  # the newest one, not in the cache yet
         self.length = torch.ones_like(self.token)  # tokens so far, that one too
@@ -47,14 +49,17 @@ class Slots:
         self.head, self.sample = _first_logits, sample  # of a step: generation/compiled.py
         self._rows = torch.arange(num_slots, device=device)
 
+    def release(self) -> None:
+        """Free the cache; the next prefill makes it anew."""
+        self.cache = KVCache(len(self.model.layers), num_slots=self.cache.reach)
+        self.prompts = Prefill(self.model, reach=self.cache.reach, graphs=Graphs(list) if self.prompts.graphs else None)
+
     def prefill(self, starts: list[Start], prompts: list[tuple[int, ...]], *, length: int, filtered: bool) -> None:
         """Fill slots: each of ``prompts`` is computed once, whatever number of ``starts`` share it, in rows of
         ``length`` tokens; and the first token of every answer is drawn."""
         device = self.token.device
-        tokens = torch.tensor([[*p, *[0] * (length - len(p))] for p in prompts], device=device)
+        logits, cache = self.prompts(prompts, length=length)  # [prompts, v]
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        cache = KVCache(len(self.model.layers), num_slots=None, reach=self.cache.reach, lengths=lengths)
-        logits = self.model(tokens, head=partial(_logits_at, index=lengths - 1), cache=cache)  # [prompts, v]
         place = {prompt: i for i, prompt in enumerate(prompts)}
         source = torch.tensor([place[start.prompt] for start in starts], device=device)
         slots = torch.tensor([start.slot for start in starts], device=device)
@@ -70,8 +75,8 @@ class Slots:
             self.seen = torch.zeros(self.num_slots, logits.shape[1], dtype=torch.bool, device=device)
         if self.seen is not None:
             held = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=device)
-            is_prompt = torch.arange(length, device=device) < lengths[:, None]
-            held.scatter_(1, torch.where(is_prompt, tokens, tokens[:, :1]), True)
+            tokens = torch.tensor([[*p, *[p[0]] * (length - len(p))] for p in prompts], device=device)
+            held.scatter_(1, tokens, True)
             self.seen[slots] = held[source]
         self._draw(logits[source], slots, filtered=filtered)
 
@@ -106,11 +111,6 @@ class Slots:
         stops = (token[:, None] == self.stops).any(-1)
         is_done = is_done | (length >= self.limit[rows]) | stops | logp.isnan()
         self.is_done[rows] = is_done
-
-
-def _logits_at(hidden: Tensor, project: Project, *, index: Tensor) -> Tensor:
-    """Logits [b, v] at ``index`` [b] of each row."""
-    return project(hidden[torch.arange(len(index), device=index.device), index])
 
 
 def _first_logits(hidden: Tensor, project: Project) -> Tensor:

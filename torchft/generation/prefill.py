@@ -1,0 +1,87 @@
+"""Prompts through the model, all tokens at once: what the slots' caches need, and where each answer begins."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from torchft.generation.cuda_graphs import Graphs
+from torchft.modules.decoder import Decoder, Project
+from torchft.modules.kv_cache import KVCache
+
+# Padded tokens and rows of the largest prefill that is a CUDA graph. A host takes 85 ms to launch the kernels of Llama
+# 3.1 8B (H100), in which the GPU computes some 2700 tokens.
+GRAPH_TOKENS, GRAPH_ROWS = 2048, 128
+
+Shape = tuple[int, int]  # rows and their padded length
+Name = tuple[int, str]  # of a layer "k" or "v", or LOGITS
+LOGITS: Name = (-1, "logits")
+
+
+class Prefill:
+    """``prefill(prompts, length=...)``: logits [n, v] behind each prompt, and a cache of their keys and values.
+
+    With ``graphs`` small ones of a shape that comes again are replayed; what the call before gave is then gone.
+    """
+
+    def __init__(self, model: Decoder, *, reach: int | None, graphs: Graphs | None) -> None:
+        self._model, self._reach, self.graphs = model, reach, graphs
+        self._met: set[Shape] = set()
+        self._inputs: dict[Shape, tuple[Tensor, Tensor]] = {}  # tokens [rows, length] and lengths [rows]
+        self._kept: dict[Name, Tensor] = {}  # where graphs leave what they compute: their own memory is the next one's
+
+    def __call__(self, prompts: list[tuple[int, ...]], *, length: int) -> tuple[Tensor, KVCache]:
+        """``length``: tokens of a row, padding too."""
+        device = self._model.embed_tokens.weight.device
+        shape = (1 << (len(prompts) - 1).bit_length(), length)
+        is_small = shape[0] * length <= GRAPH_TOKENS and shape[0] <= GRAPH_ROWS
+        replays = shape in self._met
+        rows = [*prompts, *[(0,)] * (shape[0] - len(prompts))] if replays else prompts
+        tokens = torch.tensor([[*p, *[0] * (length - len(p))] for p in rows], device=device)
+        lengths = torch.tensor([len(p) for p in rows], device=device)
+        if self.graphs and replays:
+            own = self._inputs.setdefault(shape, (tokens.clone(), lengths.clone()))
+            own[0].copy_(tokens)
+            own[1].copy_(lengths)
+            self.graphs.run(shape, partial(self._keep, *own))
+            return self._kept[LOGITS][: len(prompts)], self._cache(shape, lengths)
+        logits, cache = self._run(tokens, lengths)
+        # Ranks that share the blocks would replay their talk; recurrent layers' states are large, and not of tokens.
+        is_plain = self._model.shards is None and all(layer.state is None for layer in cache.layers)
+        if self.graphs and is_small and is_plain:
+            self._met.add(shape)
+        return logits, cache
+
+    def _run(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, KVCache]:
+        cache = KVCache(len(self._model.layers), num_slots=None, reach=self._reach, lengths=lengths)
+        return self._model(tokens, head=partial(_logits_at, index=lengths - 1), cache=cache), cache
+
+    def _keep(self, tokens: Tensor, lengths: Tensor) -> None:
+        logits, cache = self._run(tokens, lengths)
+        for name, x in [(LOGITS, logits), *_flat(cache)]:
+            if name not in self._kept:
+                self._kept[name] = x.new_empty(GRAPH_ROWS if name == LOGITS else GRAPH_TOKENS, *x.shape[1:])
+            self._kept[name][: len(x)] = x
+
+    def _cache(self, shape: Shape, lengths: Tensor) -> KVCache:
+        cache = KVCache(len(self._model.layers), num_slots=None, reach=self._reach, lengths=lengths)
+        for i, layer in enumerate(cache.layers):
+            layer.k, layer.v = (
+                None if flat is None else flat[: shape[0] * shape[1]].unflatten(0, shape)
+                for flat in (self._kept.get((i, "k")), self._kept.get((i, "v")))
+            )
+        return cache
+
+
+def _flat(cache: KVCache) -> Iterator[tuple[Name, Tensor]]:
+    """Keys and values [rows * length, ...] of the layers that have some of their own."""
+    for i, layer in enumerate(cache.layers):
+        for part, x in (("k", layer.k), ("v", layer.v)):
+            if x is not None:
+                yield (i, part), x.flatten(0, 1)
+
+
+def _logits_at(hidden: Tensor, project: Project, *, index: Tensor) -> Tensor:
+    """Logits [b, v] at ``index`` [b] of each row."""
+    return project(hidden[torch.arange(len(index), device=index.device), index])
