@@ -125,7 +125,8 @@ WEIGHED = ["wpo=true", "ld_alpha=0.4", "precompute_reference=true"]
 def test_preferences_are_those_of_one_process(dpo, dpo_settings, pairs, tmp_path, no_picture, size, options):
     options = [*STEPS, "max_steps=10", f"dataset_eval={{source: {pairs}}}", *options]
     alone = dpo(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
-    ours = together(size, "dpo", dpo_settings, tmp_path / "together", *options)
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # where no reference was computed before
+    ours = together(size, "dpo", dpo_settings, tmp_path / "together", *options, env=env)
     same_run(ours, alone, steps=10)
 
 
