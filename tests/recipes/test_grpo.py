@@ -112,12 +112,18 @@ def part(folder, overrides):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["mini_batches=2", "kl_coef=0.1", SGD, GATHER_ONCE], [*FULL, "kl_coef=0.1", "max_steps=1"]],
+    ("spread", "options"),
+    [
+        ([], ["mini_batches=2", "kl_coef=0.1", SGD, GATHER_ONCE]),
+        ([], [*FULL, "kl_coef=0.1", "max_steps=1"]),
+        (["parallel.tp=2"], [*FULL, "share_prompts=true", "importance_cap=null"]),
+        (["parallel.cp=2"], ["kl_coef=0.1", SGD, "share_prompts=false"]),
+        (["parallel.tp=2", "parallel.cp=2"], ["mini_batches=2", SGD, "method=gspo", "share_prompts=false"]),
+    ],
 )
-def test_ranks_are_one_process(grpo, tmp_path, options):
+def test_ranks_are_one_process(grpo, tmp_path, spread, options):
     alone = grpo(tmp_path / "alone", *options)
-    run_ranks(part, 2, tmp_path / "ranks", [*options, "batch_size=8"])
+    run_ranks(part, 2 ** max(1, len(spread)), tmp_path / "ranks", [*options, *spread, "batch_size=8"])
     assert largest_difference(weights(alone), weights(tmp_path / "ranks")) < 1e-5
     for ours, want in zip(rows(tmp_path / "ranks"), rows(alone), strict=True):
         assert ours.keys() == want.keys()

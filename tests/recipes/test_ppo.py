@@ -78,10 +78,11 @@ def part(folder, overrides):
     train(recipe, CONFIG, folder, *SMALL, *overrides)
 
 
-def test_ranks_are_one_process(ppo, tmp_path):
+@pytest.mark.parametrize("spread", [[], ["parallel.tp=2"], ["parallel.cp=2"]])
+def test_ranks_are_one_process(ppo, tmp_path, spread):
     options = ["mini_batches=2", "kl_coef=0.1", "max_steps=1", SGD]
     alone = ppo(tmp_path / "alone", *options)
-    run_ranks(part, 2, tmp_path / "ranks", [*options, "batch_size=6"])
+    run_ranks(part, 2, tmp_path / "ranks", [*options, *spread, "batch_size=6"])
     assert largest_difference(weights(alone), weights(tmp_path / "ranks")) < 2e-5
     for ours, want in zip(rows(tmp_path / "ranks"), rows(alone), strict=True):
         for name, value in want.items():

@@ -117,7 +117,7 @@ def micro_batches(
 
 
 def count_totals(batches: Sequence[Rows], *, max_tokens: int, world: World) -> Totals:
-    """All ranks: of an update of all ranks, for `token_weights`."""
+    """All ranks: of an update of all ranks, for `token_weights`; what several share is counted for each of them."""
     masks = [batch.mask for batch in batches]
     own = torch.stack([torch.stack((mask.any(1).sum(), mask.sum())) for mask in masks]).sum(0)
     sequences, tokens = world.sum(own).tolist()

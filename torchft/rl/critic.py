@@ -1,6 +1,7 @@
 """PPO's critic, a linear layer on the policy's trunk, and the advantages that its values give."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from torchft.losses.likelihood import token_logps
 from torchft.losses.policy import gae, kl
-from torchft.modules.decoder import Project
+from torchft.modules.decoder import Decoder, Project
 from torchft.rl.batch import Rows
+from torchft.rl.whole_rows import token_values
 from torchft.training.distributed import World
 
 
@@ -38,6 +40,12 @@ def judge(hidden: Tensor, project: Project, *, labels: Tensor, temperature: floa
     """A head for `Decoder.forward`."""
     logps, entropy = token_logps(hidden, project, labels=labels, temperature=temperature, entropy=True)
     return Judged(logps, entropy, critic(hidden.float()).squeeze(-1))
+
+
+def judge_rows(model: Decoder, batch: Rows, *, temperature: float, critic: nn.Module) -> Judged:
+    """What ``model`` and ``critic`` say of each token of ``batch``."""
+    head = partial(judge, temperature=temperature, critic=critic)
+    return Judged(*token_values(model, batch.tokens, batch.labels, head))
 
 
 def token_rewards(scores: Tensor, mask: Tensor, penalty: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torchft.losses.likelihood import IGNORE, token_logps
 from torchft.modules.decoder import Decoder
 from torchft.rl.batch import Rows, SharedRow, rows
 from torchft.rl.rollout import Episode
+from torchft.rl.whole_rows import token_values
 from torchft.training.distributed import World
 
 
@@ -81,8 +82,9 @@ def chosen_logps(model: Decoder, batch: Rows, *, temperature: float) -> tuple[Te
     head = partial(token_logps, temperature=temperature, entropy=True)
     row = batch.shared
     if row is None:
-        return model(batch.tokens, head=partial(head, labels=batch.labels))
-    found = model(row.tokens, row.positions, documents=row.documents, head=partial(head, labels=row.labels))
+        logps, entropy = token_values(model, batch.tokens, batch.labels, head)
+        return logps, entropy
+    found = token_values(model, row.tokens, row.labels, head, positions=row.positions, documents=row.documents)
     logps, entropy = (_spread(values, row, batch) for values in found)
     return logps, entropy
 
