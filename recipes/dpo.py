@@ -321,8 +321,7 @@ def train(config: Config, run: Run, world: World) -> None:
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     rewards, kto = Rewards(world), {"samples": loader.samples, "world": world, "packed": config.packed}
-    params = [p for p in model.parameters() if p.requires_grad]
-    guard = Guard(config.guard)
+    params, guard = [p for p in model.parameters() if p.requires_grad], Guard(config.guard)
     if eval_loader and step == 0:
         metrics.write({"step": 0, **evaluate_answers(config, model, eval_reference, eval_loader, world)})
     if saved:
