@@ -79,7 +79,7 @@ def build(c: GraniteConfig) -> Decoder:
 def from_hub(json: dict[str, Any]) -> GraniteConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Granite does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
-    json.get("attention_dropout")  # 0.1 in the first releases; nobody fine-tunes with it
+    one_of(json, "attention_dropout", 0.0, 0.1, default=0.0)  # 0.1 in the first releases; nobody fine-tunes with it
     return GraniteConfig(
         **sizes(json, context=2048),
         rope=rope_from_hub(json),

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from released import RELEASED
 from tiny import LLAMA3_ROPE, SIZES, edit_config, llama, rope, tokens
 from transformers import LlamaConfig
 
 from torchft import models
 from torchft.errors import UserError
-from torchft.models import ARCHITECTURES, REFUSED, llama3
+from torchft.models import ARCHITECTURES, FAMILIES, REFUSED, llama3
 from torchft.models.multimodal import TEXT_MODELS
 from torchft.modules.rope import LinearRope, Llama3Rope, Rope
 
@@ -119,6 +120,33 @@ def test_a_field_that_may_change_the_maths_is_refused(name):
     value, message = STRANGE[name]
     with pytest.raises(UserError, match=message):
         models.build(GOOD | {name: value})
+
+
+FIRST = {  # a released config.json of each family
+    family: next(json for repo, (json, _) in RELEASED.items() if repo.split("/")[1] in module.CONFIGS)
+    for family, module in FAMILIES.items()
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_refuses_what_it_does_not_have(family):
+    """By the field's name and its value: an activation, a RoPE, a field that nobody knows; and what its class lacks."""
+    json = FIRST[family]
+    acts = {key: "relu2" for key in ("hidden_act", "hidden_activation") if key in json}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    ropes = json.get("rope_parameters") or {}
+    by_kind = {kind: dynamic for kind, section in ropes.items() if isinstance(section, dict)}
+    for changes, why in (
+        (acts, "hidden_act(ivation)? is 'relu2'"),
+        (
+            {"rope_scaling": None, "rope_parameters": by_kind or dynamic},
+            "RoPE type 'dynamic' is not|rope_parameters is .*dynamic",
+        ),
+        ({"residual_gate": 0.5}, r"residual_gate is 0\.5"),
+        ({"attention_dropout": 0.3}, r"attention_dropout is 0\.3"),
+    ):
+        with pytest.raises(UserError, match=why):
+            models.build(json | changes)
 
 
 @pytest.mark.parametrize(
