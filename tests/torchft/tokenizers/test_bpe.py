@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 from vocabularies import LLAMA3_SPECIAL, QWEN_MARKUP, QWEN_SPECIAL, corpus, hub, random_texts, write
 
@@ -44,8 +45,10 @@ def test_ids_of_ten_thousand_random_texts(kind, ours, theirs):
 
 
 def test_regexes_are_the_released_ones():
-    """Qwen 3.5's as transformers has it, Kimi's from its repository's tokenization_kimi.py."""
+    """Most as transformers has them, Kimi's from its repository's tokenization_kimi.py."""
     assert bpe.PATTERNS["Qwen 3.5"] == PRETOKENIZE_REGEX
+    theirs = {"Llama 3": "llama3", "Qwen 2": "qwen2", "Tekken": "tekken", "o200k": "gpt-4o"}
+    assert {ours: bpe.PATTERNS[ours] for ours in theirs} == {k: GGUF_PRE_TOKENIZER_SPLITS[v] for k, v in theirs.items()}
     begin, no_han = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
     end = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     kimi = [
