@@ -42,6 +42,17 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
 }
+GEMMA4 = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": WINDOW,
+    "final_logit_softcapping": 6.0,
+}
 GEMMA4_E = {  # four layers: with more, rounding decides, as scores are not scaled
     "architectures": ["Gemma4ForCausalLM"],
     "num_hidden_layers": 4,
@@ -101,18 +112,8 @@ CASES = {
         "use_double_wide_mlp": True,
     },
     "gemma4_e4b": GEMMA4_E | {"layer_types": ["sliding_attention", *["full_attention"] * 3], "num_kv_shared_layers": 1},
-    "gemma4": {
-        "architectures": ["Gemma4ForCausalLM"],
-        "num_hidden_layers": 3,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "head_dim": 16,
-        "global_head_dim": 32,
-        "num_global_key_value_heads": 1,
-        "attention_k_eq_v": True,
-        "hidden_size_per_layer_input": 0,
-        "sliding_window": WINDOW,
-        "final_logit_softcapping": 6.0,
-    },
+    "gemma4": GEMMA4 | {"hidden_size_per_layer_input": 0},
+    "gemma4_12b": GEMMA4 | {"architectures": ["Gemma4UnifiedForCausalLM"]},
     "smollm3": {
         "architectures": ["SmolLM3ForCausalLM"],
         "num_hidden_layers": 4,

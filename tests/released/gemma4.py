@@ -59,9 +59,15 @@ E2B = _elastic(
     use_double_wide_mlp=True,
 )  # fmt: skip
 E4B = _elastic(42, 6, hidden_size=2560, intermediate_size=10240, num_key_value_heads=2, num_kv_shared_layers=18)
+TWELVE = TEXT | {
+    "architectures": ["Gemma4UnifiedForCausalLM"], "model_type": "gemma4_unified_text", "hidden_size": 3840,
+    "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "num_global_key_value_heads": 1, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8,
+}  # fmt: skip
 
 RELEASED = {
     "google/gemma-4-E2B": (E2B, 4.65e9),
     "google/gemma-4-E4B": (E4B, 7.5e9),
+    "google/gemma-4-12B": (TWELVE, 11.95e9),
     "google/gemma-4-31B": (TEXT, 30.7e9),
 }

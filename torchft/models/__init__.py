@@ -87,6 +87,7 @@ ARCHITECTURES: dict[str, ModuleType] = {  # config.json's word -> who reads it
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
     "Gemma4ForCausalLM": gemma4,
+    "Gemma4UnifiedForCausalLM": gemma4,
     "GemmaForCausalLM": gemma,
     "Glm4ForCausalLM": glm4,
     "Glm4MoeForCausalLM": glm4_moe,

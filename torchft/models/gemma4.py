@@ -1,6 +1,7 @@
-"""Gemma 4, the dense text models (31B, E2B, E4B): Gemma 3's layout with plain norm weights, normed values, unscaled
-scores and a factor for each layer; layers that see all have wider heads, in 31B fewer of them for keys, and keys that
-serve as values. E2B and E4B add to each layer a vector of the token, and their last layers read keys of earlier ones.
+"""Gemma 4, the dense text models (12B, 31B, E2B, E4B): Gemma 3's layout with plain norm weights, normed values,
+unscaled scores and a factor for each layer; layers that see all have wider heads, in the large models fewer of them for
+keys, which serve as values. E2B and E4B add to each layer a vector of the token, and their last layers read keys and
+values of earlier ones.
 
 Weights: https://huggingface.co/google
 """
@@ -56,16 +57,23 @@ def _elastic(dim: int, num_layers: int, every: int, num_kv_heads: int, hidden_di
     )  # fmt: skip
 
 
+def _large(
+    dim: int, num_layers: int, num_heads: int, num_kv_heads: int, hidden_dim: int, full_num_kv_heads: int
+) -> Gemma4Config:
+    return Gemma4Config(
+        vocab_size=262_144, dim=dim, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=256, hidden_dim=hidden_dim, max_seq_len=262_144, norm_eps=1e-6, rope=FULL, local_rope=LOCAL,
+        tie_embeddings=True, windows=tuple(1024 if (i + 1) % 6 else None for i in range(num_layers)),
+        full_num_kv_heads=full_num_kv_heads, full_head_dim=512, full_shares_kv=True, logit_soft_cap=30.0,
+    )  # fmt: skip
+
+
 CONFIGS = {
     #                        dim layers full kv hidden readers
     "gemma-4-E2B": _elastic(1536, 35, 5, 1, 6144, 20),
     "gemma-4-E4B": _elastic(2560, 42, 6, 2, 10_240, 18),
-    "gemma-4-31B": Gemma4Config(
-        vocab_size=262_144, dim=5376, num_layers=60, num_heads=32, num_kv_heads=16, head_dim=256, hidden_dim=21_504,
-        max_seq_len=262_144, norm_eps=1e-6, rope=FULL, local_rope=LOCAL, tie_embeddings=True,
-        windows=tuple(1024 if (i + 1) % 6 else None for i in range(60)), full_num_kv_heads=4, full_head_dim=512,
-        full_shares_kv=True, logit_soft_cap=30.0,
-    ),
+    "gemma-4-12B": _large(3840, 48, 16, 8, 15_360, 1),
+    "gemma-4-31B": _large(5376, 60, 32, 16, 21_504, 4),
 }  # fmt: skip
 
 HUB = HubNames(
@@ -147,7 +155,9 @@ def from_hub(json: dict[str, Any]) -> Gemma4Config:
 def _elastic_from_hub(json: dict[str, Any], vocab_size: int, layer_windows: tuple[int | None, ...]) -> dict[str, Any]:
     """The fields of E2B and E4B; transformers' defaults are those of neither."""
     num_layers, num_rows = field(json, "num_hidden_layers", int), json.get("vocab_size_per_layer_input", 262_144)
-    readers, input_dim = json.get("num_kv_shared_layers", 0), json.get("hidden_size_per_layer_input", 256)
+    has_inputs = json.get("architectures") != ["Gemma4UnifiedForCausalLM"]  # 12B's, whose config does not speak of them
+    readers = json.get("num_kv_shared_layers", 0)
+    input_dim = json.get("hidden_size_per_layer_input", 256 if has_inputs else 0)
     kinds = [window is None for window in layer_windows or (None,) * num_layers]
     if readers not in range(num_layers) or {*kinds[num_layers - readers :]} - {*kinds[: num_layers - readers]}:
         raise UserError(

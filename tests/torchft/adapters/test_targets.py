@@ -82,6 +82,7 @@ def test_by_pattern_takes_the_first_match():
 
 WITHOUT = {  # Gemma 4's layers whose keys are the values, and those that read another layer's
     "gemma4": {"v_proj": 1},
+    "gemma4_12b": {"v_proj": 1},
     "gemma4_e2b": {"k_proj": 2, "v_proj": 2},
     "gemma4_e4b": {"k_proj": 1, "v_proj": 1},
 }

@@ -80,3 +80,24 @@ def test_released_gemma3_leaves_defaults_out():
     more = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
     model = models.build({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text | more})
     assert model.config == models.gemma3.CONFIGS["gemma-3-4b-pt"]
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture", "kind"),
+    [
+        ("gemma4_e2b", "Gemma4ForConditionalGeneration", "gemma4_text"),
+        ("gemma4_12b", "Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text"),
+    ],
+)
+def test_gemma4s_text_model(tmp_path, case, architecture, kind):
+    """Tables of each layer, and configs that do not speak of them, inside the wrappers that are released."""
+    cls = getattr(transformers, architecture)
+    text = {k: v for k, v in (SIZES | CASES[case]).items() if k != "architectures"}
+    text |= {"model_type": kind, "pad_token_id": 0}
+    config = cls.config_class(text_config=text, vision_config=None, audio_config=None, tie_word_embeddings=True)
+    config._attn_implementation = "eager"
+    theirs = random_(cls(config))
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        got = models.load(tmp_path, dtype=torch.float32)(tokens())
+        torch.testing.assert_close(got, theirs(tokens()).logits, atol=1e-4, rtol=1e-4)
