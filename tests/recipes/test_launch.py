@@ -29,11 +29,11 @@ STEPS = ["max_steps=8", "epochs=20", "batch_size=1", "save_every=2", "export=[ad
 GOES_ON = r"going on after step\W+[24]"  # a rank that is killed in step 6 may have been writing step 4
 
 
-def launch(*words, fault=None, **how):
+def launch(*words, fault=None, recipe="lora_finetune", **how):
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_FAULT": fault or "", "PYTHONPATH": PATH}
     command = [sys.executable, "-c", "import sys; from torchft.cli.main import main; sys.exit(main())", "run"]
     return subprocess.Popen(
-        [*command, "lora_finetune", *map(str, words)],
+        [*command, recipe, *map(str, words)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -139,6 +139,66 @@ def test_x4_a_rank_that_leaves_early_is_named(words, tmp_path):
     )
     assert code == 1 and "no answer from rank 1 (in step 4)" in err.rstrip().splitlines()[-1], err
     assert "Traceback" not in err
+
+
+DEADLY = """import os, signal
+
+def die():
+    if os.path.exists("deadly"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Tracker:
+    def __init__(self, *, run_id, output_dir, config):
+        pass
+    def log(self, step, values):
+        if step == 3:
+            die()
+    def close(self):
+        pass
+
+def reward(*, at):
+    trained = 0
+    def score(attempt):
+        nonlocal trained
+        is_held_out = "_test" in attempt.prompt.where
+        trained += not is_held_out
+        if os.environ["RANK"] == "1" and (trained > 20 if at == "answer" else is_held_out and trained):
+            die()
+        return float(trained % 2)
+    return score
+"""
+GRPO = [
+    "--config", "demo/grpo", "rollout.prompts_per_step=4", "rollout.group_size=4", "eval_every=2", "save_every=1",
+    "max_steps=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["log", pytest.param("answer", marks=pytest.mark.long), "evaluation"])
+def test_x14_a_rank_that_dies_beside_a_step_is_named_and_the_same_command_goes_on(words, tmp_path, at):
+    """In a tracker of the main rank; while answers are generated and judged, to train on or held out."""
+    (tmp_path / "deadly_parts.py").write_text(DEADLY)
+    (tmp_path / "deadly").touch()
+    recipe, last, rank = "lora_finetune", 8, 0
+    words = [
+        "--nproc-per-node=2",
+        "--trust=deadly_parts",
+        *words,
+        "metric_loggers=[{_component_: deadly_parts.Tracker}]",
+    ]
+    if at != "log":
+        recipe, last, rank = "grpo", 4, 1
+        rewards = f"rollout.rewards=[{{reward: {{_component_: deadly_parts.reward, at: {at}}}}}]"
+        words = [*words[:2], *GRPO, f"output_dir={tmp_path / 'run'}", rewards]
+    code, _, err = ended(launch(*words, recipe=recipe, cwd=tmp_path))
+    assert code == 1 and err.rstrip().splitlines()[-1] == f"error: rank {rank} was killed by SIGKILL (exit code -9)", (
+        err
+    )
+    (tmp_path / "deadly").unlink()
+    code, out, err = ended(launch(*words, recipe=recipe, cwd=tmp_path))
+    assert code == 0 and "going on after step" in out, (out, err)
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["step"]] == [
+        *range(1, last + 1)
+    ]
 
 
 def test_c10_x12_mistakes_are_told_once(words, tmp_path):
