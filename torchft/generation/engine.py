@@ -62,7 +62,7 @@ class Engine:
             stop_ids=tuple(stop_ids),
             vocab_size=vocab_size or model.config.vocab_size,
         )
-        self._graphs = Graphs(self._slots.moved) if device.type == "cuda" else None
+        self._graphs = Graphs(self._slots.moved) if self._slots.replays else None
         self._compiled = CompiledStep(model, self._slots, backend=compile) if compile else None
         self._queue: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}  # by slot

@@ -47,8 +47,10 @@ class Prefill:
             self.graphs.run(shape, partial(self._keep, *own))
             return self._kept[LOGITS][: len(prompts)], self._cache(shape, lengths)
         logits, cache = self._run(tokens, lengths)
-        # Ranks that share the blocks would replay their talk; recurrent layers' states are large, and not of tokens.
-        is_plain = self._model.shards is None and all(layer.state is None for layer in cache.layers)
+        # Ranks that share the blocks would replay their talk; recurrent layers' states are large, and not of tokens;
+        # capped scores are FlexAttention's, which copies from the host where it is not compiled.
+        is_plain = self._model.shards is None and not any(sight.soft_cap for sight in self._model.sights)
+        is_plain = is_plain and all(layer.state is None for layer in cache.layers)
         if self.graphs and is_small and is_plain:
             self._met.add(shape)
         return logits, cache

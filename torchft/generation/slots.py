@@ -12,6 +12,7 @@ from torchft.generation.cuda_graphs import Graphs
 from torchft.generation.prefill import Prefill
 from torchft.generation.sampling import Rules, Sampling, rules, sample
 from torchft.modules.decoder import Decoder, Project
+from torchft.modules.grouped import waits_for_host
 from torchft.modules.kv_cache import KVCache
 
 
@@ -35,7 +36,8 @@ class Slots:
         device = model.embed_tokens.weight.device
         self.model, self.num_slots, self.vocab_size = model, num_slots, vocab_size
         self.cache = KVCache(len(model.layers), num_slots=max_len)
-        self.prompts = Prefill(model, reach=max_len, graphs=Graphs(list) if device.type == "cuda" else None)
+        self.replays = device.type == "cuda" and not waits_for_host(model)  # a CUDA graph cannot wait for the host
+        self.prompts = Prefill(model, reach=max_len, graphs=Graphs(list) if self.replays else None)
         self.stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         self.token = torch.zeros(num_slots, dtype=torch.int64, device=device)  # the newest one, not in the cache yet
         self.length = torch.ones_like(self.token)  # tokens so far, that one too
@@ -52,7 +54,7 @@ class Slots:
     def release(self) -> None:
         """Free the cache; the next prefill makes it anew."""
         self.cache = KVCache(len(self.model.layers), num_slots=self.cache.reach)
-        self.prompts = Prefill(self.model, reach=self.cache.reach, graphs=Graphs(list) if self.prompts.graphs else None)
+        self.prompts = Prefill(self.model, reach=self.cache.reach, graphs=Graphs(list) if self.replays else None)
 
     def prefill(self, starts: list[Start], prompts: list[tuple[int, ...]], *, length: int, filtered: bool) -> None:
         """Fill slots: each of ``prompts`` is computed once, whatever number of ``starts`` share it, in rows of

@@ -58,6 +58,11 @@ class StackedLinear(nn.Module):
         return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
 
 
+def waits_for_host(model: nn.Module) -> bool:
+    """Whether its forward asks a GPU how many rows each expert has: where experts are not computed in bf16."""
+    return any(isinstance(m, StackedLinear) and m.weight.dtype != torch.bfloat16 for m in model.modules())
+
+
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [n, in] times the transposed weight [e, out, in] of their expert -> [n, out]; ``offsets`` [e] int32.
 

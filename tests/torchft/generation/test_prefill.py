@@ -12,6 +12,7 @@ from torchft.generation.engine import Engine
 from torchft.generation.prefill import Prefill
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling
+from torchft.modules.grouped import StackedLinear
 
 FAMILIES = dense.CASES | experts.CASES
 PROMPTS = [(5, 6, 7), (9, 8, 7, 6, 5, 4, 3, 2, 1), (11,)]
@@ -74,5 +75,7 @@ def test_replays_change_nothing_on_a_gpu(tmp_path, family, dtype):
             assert torch.allclose(
                 torch.tensor(one.logps), torch.tensor(two.logps), atol=0.05 if dtype == torch.bfloat16 else 1e-3
             )
-    has_states = any(layer.state is not None for layer in engine._slots.cache.layers)
-    assert isinstance(engine._slots.prompts.graphs, Graphs) and bool(engine._slots.prompts._inputs) != has_states
+    waits = dtype == torch.float32 and any(isinstance(module, StackedLinear) for module in model.modules())
+    is_other = any(layer.state is not None for layer in engine._slots.cache.layers) or family == "gemma2"
+    assert isinstance(engine._slots.prompts.graphs, Graphs) != waits
+    assert bool(engine._slots.prompts._inputs) != (is_other or waits)
