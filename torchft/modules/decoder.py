@@ -238,7 +238,7 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float = 0.02) -> None:
-    """Random weights for training from scratch: normal with ``std``, norms one, biases and the like zero."""
+    """Random weights for training from scratch: normal with ``std``, norms and factors one, biases and such zero."""
     for module in model.modules():
         if isinstance(module, (RMSNorm, nn.LayerNorm)):
             module.reset_parameters()
@@ -247,4 +247,4 @@ def init_weights(model: nn.Module, std: float = 0.02) -> None:
             if name == "weight":  # of a sharded model each rank draws all: how many they are decides nothing
                 copy_part(p, nn.init.normal_(torch.empty(p.shape, dtype=p.dtype, device=p.device), std=std))
             else:
-                nn.init.zeros_(p)
+                nn.init.constant_(p, 1.0 if name == "layer_scalar" else 0.0)

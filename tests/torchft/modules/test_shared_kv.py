@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from torchft import hub, models, ranks
 from torchft.errors import UserError
+from torchft.modules.decoder import init_weights
 from torchft.modules.shared_kv import SharedKVAttention
 from torchft.training.compile import compile_blocks
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, init
@@ -71,6 +72,13 @@ def test_gradients_of_shards(folder):
         assert got.keys() == want.keys()
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_from_scratch_tells_tokens_apart(folder):
+    """A block's factor of 0 would let nothing through."""
+    model = models.build(models.config_json(folder), device="cpu")
+    init_weights(model)
+    assert all(grad.any() for name, grad in gradients(model, loss(model, tokens())).items() if "_proj" in name)
 
 
 def test_keys_learn_from_the_layers_that_read_them(folder):
