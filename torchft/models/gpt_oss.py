@@ -182,8 +182,7 @@ def _turn(role: str, text: str, before: str = "<|message|>") -> list[Segment]:
 
 def _answer(message: Message, i: int, later: Sequence[Message], *, is_last: bool) -> list[Segment]:
     """What the model must produce. ``later``: the messages behind."""
-    content, calls = join_parts(message.get("content") or "", i), message.get("tool_calls", [])
-    thought = next((message[key] for key in REASONING if key in message), None)
+    (thought, content), calls = _split(message, i), message.get("tool_calls", [])
     if calls:
         if len(calls) > 1:
             raise UserError(f"message {i} has {len(calls)} tool calls; gpt-oss's chat format knows one at a time")
@@ -205,3 +204,14 @@ def _answer(message: Message, i: int, later: Sequence[Message], *, is_last: bool
             ("<|return|>" if is_last else "<|end|>", True),
         ]
     return [Segment(text, control=control, train=message.get("train", True)) for text, control in parts]
+
+
+def _split(message: Message, i: int) -> tuple[str | None, str]:
+    """An answer's reasoning, None if it has none, and its text: from fields of their own, or from all that was said."""
+    content = join_parts(message.get("content") or "", i)
+    thought = next((message[key] for key in REASONING if key in message), None)
+    before, final, text = content.partition("<|channel|>final<|message|>")
+    if thought is not None or not final:
+        return thought, content
+    thought = before.partition("<|channel|>analysis<|message|>")[2].partition("<|end|>")[0]
+    return thought or None, text.removesuffix("<|return|>")

@@ -112,6 +112,20 @@ def test_reasoning_has_other_names_and_the_day_can_be_given(harmony):
     assert "Current date: 2025-06-28\n" in ours.decode(one.tokens)
 
 
+def test_what_a_model_wrote_is_read_again(harmony):
+    """A reply in a conversation that goes on, and data of raw replies; the template refuses them."""
+    ours, _ = harmony
+    written = learned(ours, MORE["reasoning"][2:])
+    assert "<|channel|>analysis<|message|>so" in written
+    for reply in (written, written.removesuffix("<|return|>")):
+        got, want = ours.render([user("c"), assistant(reply)]), ours.render(MORE["reasoning"][2:])
+        assert (got.tokens, got.train) == (want.tokens, want.train)
+    answer = assistant("<|channel|>final<|message|>d")
+    assert ours.render([user("c"), answer, user("e")], add_generation_prompt=True).tokens == (
+        ours.render([user("c"), assistant("d"), user("e")], add_generation_prompt=True).tokens
+    )
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "why"),
     [
