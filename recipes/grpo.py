@@ -45,7 +45,7 @@ from torchft.redact import redact_tree
 from torchft.rl.batch import Rows, count_totals, countable, micro_batches, rows
 from torchft.rl.collect import RolloutConfig, Rollouts
 from torchft.rl.curves import Curves, rollout_row, write_samples
-from torchft.rl.shared_row import chosen_logps, saved_by_sharing, shared_rows
+from torchft.rl.shared_row import chosen_logps, filled, saved_by_sharing, shared_rows
 from torchft.training import checkpoint, distributed, state
 from torchft.training.compile import compile_blocks
 from torchft.training.console import Console, Steps, first_panel, last_panel
@@ -155,8 +155,6 @@ class Config:
         if self.rollout.episodes_per_step % self.mini_batches:
             yield "mini_batches: they do not divide rollout.prompts_per_step x group_size"
         yield from self.routing.problems(frozen=self.lora is not None)
-        if self.share_prompts is True and self.compile:
-            yield "share_prompts: rows of one shape, as compile needs, would be filled up with what it saves; set auto"
         if self.eval_every and not self.prompts_eval:
             yield "eval_every: there is nothing to evaluate; give prompts_eval"
 
@@ -237,7 +235,7 @@ def train(config: Config, run: Run, world: World) -> None:
         keep=keep,
         **shape,
     )
-    can_share = check_shareable(config.share_prompts, model, config.routing, cp=world.tokens.cp) and not config.compile
+    can_share = check_shareable(config.share_prompts, model, config.routing, cp=world.tokens.cp)
     load_base(config, model, world, whole=found[0].gathers_once)
     routing = Routing(model, config.routing, sum=world.sum)
     optimizer = config.optimizer.build(param_groups(model))
@@ -311,6 +309,9 @@ def train(config: Config, run: Run, world: World) -> None:
                 lengths=None if shares else [len(episode.tokens) for episode in episodes],
             )
             how = {"pad_id": tokenizer.pad_id, "length": config.seq_len if config.compile else None}
+            if shares and config.compile:  # as many answers as rows of one shape hold
+                how["room"] = plan.rows * config.seq_len
+                parts = filled(parts, episodes, counts, room=how["room"])
             make = partial(shared_rows if shares else rows, episodes, scores=advantages, counts=counts, **how)
             batches = [[make(numbers).to(world.device) for numbers in part] for part in parts]
             reference = old = None

@@ -158,6 +158,27 @@ def test_compiled_rollouts_change_nothing_and_compile_once(grpo, tmp_path, monke
     assert all(first == second == third for first, second, third in counts)
 
 
+def test_compiled_blocks_share_prompts_in_rows_of_one_shape(grpo, tmp_path, monkeypatch):
+    """More answers to a row, so fewer rows; ranks have as many as each other, also if one needs fewer."""
+    options = [SGD, "max_steps=3", "mini_batches=2", "kl_coef=0.1", "batch_size=3", "skip_truncated=true"]
+    plain = grpo(tmp_path / "plain", *options, "share_prompts=false")
+    options += ["share_prompts=true", "compile=true", "rollout.compile=false"]
+    for module, name in ((loaded, "backend_of"), (recompute, "compile_blocks")):
+        monkeypatch.setattr(module, name, vars(module)[name])
+    counts = [compiled_part(tmp_path / "one", options, [])]
+    counts += run_ranks(compiled_part, 2, tmp_path / "ranks", options, [])
+    assert all(first == third for first, _, third in counts)
+    before = 0
+    for row in rows(tmp_path / "one"):
+        assert (row["tokens"] - before) % (3 * 48) == 0 and row["tokens"] - before <= 16 * 48 * 0.75
+        before = row["tokens"]
+    for run in ("one", "ranks"):
+        assert largest_difference(weights(plain), weights(tmp_path / run)) < 1e-5
+        for row, want in zip(rows(tmp_path / run), rows(plain), strict=True):
+            for name in want.keys() - {"tokens"}:
+                assert row[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("options", [["passes=2", "mini_batches=2", "rollout.resample=1", "share_prompts=true"]])
 def test_resume_is_bit_exact(grpo, tmp_path, monkeypatch, options):
     options = ["max_steps=3", "save_every=1", *options]

@@ -94,7 +94,7 @@ def rows(
             chosen = torch.tensor(episode.chosen)[1:]
             labels[row, : n - 1] = torch.where(chosen, held[1:], IGNORE)
             logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
-    own = torch.tensor(list(numbers))
+    own = torch.tensor(list(numbers), dtype=torch.int64)
     where = tuple(episodes[i].prompt.where for i in numbers)
     return Rows(tokens=tokens, labels=labels, sampler_logps=logps, scores=scores[own], where=where)
 

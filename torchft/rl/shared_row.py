@@ -10,6 +10,7 @@ from torch import Tensor
 from torchft.documents import Documents
 from torchft.losses.likelihood import IGNORE, token_logps
 from torchft.modules.decoder import Decoder
+from torchft.ranks import gather
 from torchft.rl.batch import Rows, SharedRow, rows
 from torchft.rl.rollout import Episode
 from torchft.rl.whole_rows import token_values
@@ -34,6 +35,29 @@ def saved_by_sharing(episodes: Sequence[Episode], *, group_size: int, world: Wor
     return again / max(total, 1)
 
 
+def filled(
+    parts: Sequence[Sequence[Sequence[int]]], episodes: Sequence[Episode], counts: Sequence[bool], *, room: int
+) -> list[list[list[int]]]:
+    """All ranks: ``parts``, mini-batches of micro-batches of groups, cut anew where a shared row of ``room`` tokens is
+    full: for compiled blocks, which want one shape. Alike in number on all ranks, by empty ones at the end."""
+    found = []
+    for part in parts:
+        micro, at, trunk = [list[int]()], 0, None
+        for i in (i for own in part for i in own):
+            n = len(episodes[i].tokens) if counts[i] else 0
+            shared = _shared(trunk, episodes[i]) if trunk and n else 0
+            if at + n - shared > room:
+                micro.append([])
+                at, shared = 0, 0
+            if n and not shared:
+                trunk = episodes[i]
+            micro[-1].append(i)
+            at += n - shared
+        found.append(micro)
+    most = [max(numbers) for numbers in zip(*gather([len(micro) for micro in found]))]
+    return [micro + [list[int]() for _ in range(n - len(micro))] for n, micro in zip(most, found)]
+
+
 def shared_rows(
     episodes: Sequence[Episode],
     numbers: Sequence[int],
@@ -42,8 +66,10 @@ def shared_rows(
     counts: Sequence[bool],
     pad_id: int,
     length: int | None = None,
+    room: int | None = None,
 ) -> Rows:
-    """As `rows`, computed as one row. Groups stand together; episodes that do not count are not computed at all."""
+    """As `rows`, computed as one row, of ``room`` tokens or as many as it needs. Groups stand together; episodes that
+    do not count are not computed at all."""
     batch = rows(episodes, numbers, scores=scores, counts=counts, pad_id=pad_id, length=length)
     counted = batch.mask.any(1).tolist()
     pieces, at = list[_Piece](), 0
@@ -56,7 +82,7 @@ def shared_rows(
             trunk = episodes[i]
         pieces.append(_Piece(number=k, first=shared, at=at))
         at += len(episodes[i].tokens) - shared
-    t = padded(at)
+    t = padded(at) if room is None else room
     tokens, labels = batch.tokens.new_full((1, t), pad_id), batch.labels.new_full((1, t), IGNORE)
     positions = torch.zeros(1, t, dtype=torch.int64)
     for piece in pieces:
