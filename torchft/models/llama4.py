@@ -166,9 +166,7 @@ CHAT_TEMPLATE = """\
 {%- set offered = tools is defined and tools is not none -%}
 {%- set in_user = offered and (tools_in_user_message is not defined or tools_in_user_message) -%}
 {%- set schemas = namespace(text='') -%}
-{%- for tool in tools or [] -%}
-    {%- set schemas.text = schemas.text + (tool | tojson(indent=4)) + '\\n\\n' -%}
-{%- endfor -%}
+{%- for t in tools or [] -%}{%- set schemas.text = schemas.text + (t | tojson(indent=4)) + '\\n\\n' -%}{%- endfor -%}
 {{- '<|begin_of_text|>' -}}
 {%- set rest = messages -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -185,8 +183,7 @@ CHAT_TEMPLATE = """\
     {%- set content = message['content'] if message['content'] is string else '' -%}
     {{- '<|header_start|>' + role + '<|header_end|>\\n\\n' -}}
     {%- if role == 'ipython' -%}
-        {%- set is_json = message['content'] is string or message['content'] is iterable -%}
-        {{- message['content'] | tojson if is_json else message['content'] -}}
+        {{- message['content'] | tojson if message['content'] is iterable else message['content'] -}}
     {%- elif message['tool_calls'] -%}
         {{- '<|python_start|>' + content + '<|python_end|>' -}}
         {%- for call in message['tool_calls'] -%}
@@ -195,14 +192,10 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- elif loop.first and in_user -%}
         {{- IN_USER + schemas.text + content | trim -}}
-    {%- else -%}
-        {{- content -}}
-    {%- endif -%}
+    {%- else -%}{{- content -}}{%- endif -%}
     {{- '<|eot|>' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|header_start|>assistant<|header_end|>\\n\\n' -}}
-{%- endif -%}
+{{- '<|header_start|>assistant<|header_end|>\\n\\n' if add_generation_prompt else '' -}}
 """.replace("IN_SYSTEM", repr(TOOLS_IN_SYSTEM + RESPOND)).replace("IN_USER", repr(TOOLS_IN_USER + RESPOND))
 
 
@@ -217,44 +210,41 @@ def chat(
         system = "Environment: ipython\n" if tools is not None else ""
         if tools is not None and not tools_in_user_message:
             system += TOOLS_IN_SYSTEM + RESPOND + schemas
-        segments += [*_header("system"), Segment(system + join_parts(messages[0]["content"], 0).strip()), _end()]
+        segments += _turn("system", [(system + join_parts(messages[0]["content"], 0).strip(), False)])
         rest = rest[1:]
     if tools is not None and tools_in_user_message:
         if not rest or rest[0][1]["role"] != "user":
             raise UserError("tools are put into the first user message, but the conversation does not start with one")
         i, first = rest.pop(0)
         asked = TOOLS_IN_USER + RESPOND + schemas + join_parts(first["content"], i).strip()
-        segments += [*_header("user"), Segment(asked), _end()]
+        segments += _turn("user", [(asked, False)])
     for i, message in rest:
         match message["role"]:
             case "assistant":
-                segments += _header("assistant") + _answer(message, i)
+                segments += _turn("assistant", _answer(message, i), train=message.get("train", True))
             case "tool" | "ipython":
                 content = message["content"]  # numbers as they are, all else, text too, as JSON
                 is_json = isinstance(content, str | list | dict)
                 text = json.dumps(content, ensure_ascii=False) if is_json else str(content)
-                segments += [*_header("ipython"), Segment(text), _end()]
+                segments += _turn("ipython", [(text, False)])
             case role:
-                segments += [*_header(role), Segment(join_parts(message["content"], i)), _end()]
-    return segments + _header("assistant") * add_generation_prompt
+                segments += _turn(role, [(join_parts(message["content"], i), False)])
+    return segments + _turn("assistant", [])[:1] * add_generation_prompt
 
 
-def _header(role: str) -> list[Segment]:
-    return [Segment(f"<|header_start|>{role}<|header_end|>\n\n", control=True)]
+def _turn(role: str, parts: list[tuple[str, bool]], *, train: bool = False) -> list[Segment]:
+    """``parts``: texts, and whether they are control tokens."""
+    segments = [Segment(text, control=control, train=train) for text, control in (*parts, ("<|eot|>", True))]
+    return [Segment(f"<|header_start|>{role}<|header_end|>\n\n", control=True), *segments]
 
 
-def _end(*, train: bool = False) -> Segment:
-    return Segment("<|eot|>", control=True, train=train)
-
-
-def _answer(message: Message, i: int) -> list[Segment]:
-    """What the model must produce."""
-    train = message.get("train", True)
-    segments = [Segment(join_parts(message.get("content") or "", i), train=train)]
-    if calls := message.get("tool_calls"):
-        marks = [Segment(f"<|python_{end}|>", control=True, train=train) for end in ("start", "end")]
-        segments = [marks[0], *segments, marks[1]]
-        for function in (call["function"] for call in calls):
-            arguments = json.dumps(function["arguments"], ensure_ascii=False)
-            segments.append(Segment(f'{{"name": "{function["name"]}", "parameters": {arguments}}}', train=train))
-    return [*segments, _end(train=train)]
+def _answer(message: Message, i: int) -> list[tuple[str, bool]]:
+    """What the model must produce, but for the token that ends it."""
+    content = (join_parts(message.get("content") or "", i), False)
+    if not (calls := message.get("tool_calls")):
+        return [content]
+    texts = [
+        f'{{"name": "{f["name"]}", "parameters": {json.dumps(f["arguments"], ensure_ascii=False)}}}'
+        for f in (call["function"] for call in calls)
+    ]
+    return [("<|python_start|>", True), content, ("<|python_end|>", True), *((text, False) for text in texts)]
