@@ -220,9 +220,38 @@ def test_memory_of_a_rank_is_its_part_and_what_is_gathered(monkeypatch):
     blocks = [sum(p.nbytes for p in layer.parameters()) for layer in model.layers]
     every = sum(p.nbytes for p in model.parameters())
     for shards in (2, 4):
-        memory = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=shards)[0].memory
+        memory = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=shards, reshard=True)[0].memory
         assert memory.weights == every // shards + 2 * blocks[0] + every - sum(blocks)
         assert (memory.gradients, memory.optimizer) == (every // shards, 2 * (every // shards))
+        kept = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=shards, reshard=False)[0].memory
+        assert kept.weights == every + every // shards and kept.total - memory.total == kept.weights - memory.weights
+
+
+def test_adapters_leave_nothing_to_gather_of_a_base_that_stays_whole(monkeypatch):
+    model = model_of("lora", vocab_size=512)
+    trained, every = (sum(p.nbytes for p in model.parameters() if p.requires_grad or whole) for whole in (False, True))
+    assert trained < 0.1 * every
+    twice, never = (
+        on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=2, reshard=reshard)[0] for reshard in (True, False)
+    )
+    assert never.gathers_once and not twice.gathers_once and never.memory.weights == every
+    assert twice.setting == never.setting and twice.time > never.time
+    for limit, once in ((GIB, True), (int(never.memory.total / recompute.SURELY_FITS) - 1, False)):
+        plan = on_a_gpu(monkeypatch, model, limit=limit, seq_len=256, shards=2, recompute="none")[0]
+        assert plan.gathers_once == once
+
+
+def test_auto_recomputes_rather_than_gathers(monkeypatch):
+    """Where whole weights leave no room to keep everything, and gathering takes longer than recomputing."""
+    model = model_of("lora", vocab_size=512)
+    most = on_a_gpu(monkeypatch, model, limit=GIB, seq_len=256, shards=2, reshard=False)[0].memory.total
+    limit = int(0.97 * most / recompute.SURELY_FITS)
+    chosen = {}
+    for bandwidth in (1e9, 1e18):
+        monkeypatch.setattr(recompute, "GATHER", bandwidth)
+        chosen[bandwidth] = on_a_gpu(monkeypatch, model, limit=limit, seq_len=256, shards=2, in_backward=True)[0]
+    assert chosen[1e9].gathers_once and chosen[1e9].share > 0.0
+    assert not chosen[1e18].gathers_once and chosen[1e18].share == 0.0
 
 
 def test_fewer_rows_come_before_recompute(monkeypatch):
