@@ -11,6 +11,7 @@ adapter into it. To change it: `tune cp quantize my_recipe.py`, then `tune run m
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from torchft.files import atomic_write, remove_folder
 from torchft.generation.loaded import load
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
-from torchft.quantise import Quantisation, hub_layers, save_quantised
+from torchft.quantise import Quantisation, calibrated, hub_layers, save_quantised
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import distributed
 from torchft.training.console import Console, count, last_panel
@@ -62,6 +63,7 @@ class Config:
     packed: bool = True  # int4: two codes in a byte; one loads in transformers on any device, but takes an int8's space
     targets: str | list[str] = ALL_LINEAR  # pattern(s) of linear layers; all-linear = every one but lm_head
     ignore: list[str] = field(default_factory=list)  # pattern(s) of those that are left as they are all the same
+    calibration: Dataset | None = None  # packed int4: texts by whose inputs weights are rounded (AWQ), cut to seq_len
 
     # What is measured
     dataset_eval: Dataset | None = None  # held out: perplexity before and after, of what training would learn
@@ -70,6 +72,10 @@ class Config:
 
     dtype: Literal["bf16", "fp32"] = "bf16"  # of what is not rounded, and of the arithmetic
     device: str = "auto"  # auto takes the accelerator if there is one
+
+    def conflicts(self) -> Iterator[str]:
+        if self.calibration and not (self.format == "int4" and self.packed):
+            yield "calibration: AWQ is for int4 with packed: true; leave it out, or change these"
 
 
 @torch.no_grad()
@@ -85,19 +91,22 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
     return world.sum(total).item() / supervised
 
 
-def check(config: Config, how: Quantisation, tokenizer: Tokenizer, world: World) -> Samples | None:
-    """What is held out. UserError with all that keeps the run from its end."""
+def checked_data(config: Config, how: Quantisation, tokenizer: Tokenizer, world: World) -> list[Samples | None]:
+    """What is held out, and the texts to calibrate with. UserError with all that keeps the run from its end."""
     problems: list[str] = []
-    samples: Samples | None = None
+    found: list[Samples | None] = []
     with collecting(problems):
         hub_layers(config.checkpoint_dir, how, device=world.device, dtype=DTYPES[config.dtype])
-    with collecting(problems):
-        if config.dataset_eval:
-            samples = mix([config.dataset_eval.build(tokenizer=tokenizer, seq_len=config.seq_len)])
-            summarise(samples).check(vocab_size=models.sizes(config.checkpoint_dir).vocab_size, batch_size=1)
+    vocab_size = models.sizes(config.checkpoint_dir).vocab_size
+    for node in (config.dataset_eval, config.calibration):
+        with collecting(problems):
+            samples = mix([node.build(tokenizer=tokenizer, seq_len=config.seq_len)]) if node else None
+            if samples:
+                summarise(samples).check(vocab_size=vocab_size, batch_size=1)
+            found.append(samples)
     if problems:
         raise UserError(*problems)
-    return samples
+    return found
 
 
 def measured(config: Config, model: Decoder, samples: Samples, world: World, *, when: str) -> dict[str, float]:
@@ -126,7 +135,7 @@ def quantize(config: Config, folder: Path, world: World) -> None:
         targets=config.targets,
         ignore=config.ignore,
     )
-    samples = check(config, how, tokenizer, world)
+    samples, texts = checked_data(config, how, tokenizer, world)
     source, merged, export = config.checkpoint_dir, folder / "merged", folder / "export"
     check_space(folder, open_weights(source).num_bytes, copies=2 if config.adapter else 1)
     report: Report = {"checkpoint_dir": str(source), "format": config.format}
@@ -142,7 +151,13 @@ def quantize(config: Config, folder: Path, world: World) -> None:
         del model
 
     # Its weights, one after the other
-    names = save_quantised(source, export, how, tokenizer, device=world.device, dtype=dtype)
+    scales = None
+    if texts:
+        model, _ = load(source, dtype=dtype, device=world.device)
+        scales = calibrated(model, [texts[i].tokens for i in range(len(texts))], source, how, dtype=dtype)
+        report["calibration_tokens"] = sum(texts.lengths())
+        del model
+    names = save_quantised(source, export, how, tokenizer, device=world.device, dtype=dtype, scales=scales)
 
     # After: what was written, read again
     if samples:

@@ -24,7 +24,9 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "hub": FOUNDATION | {"dequantise", "hub_names", "modules", "weights", "staging"},
     "hub_names": FOUNDATION,
     "nf4_files": FOUNDATION | {"kernels", "weights"},
-    "quantise": FOUNDATION | {"adapters", "dequantise", "hub", "models", "nf4_files", "tokenizers", "weights"},
+    "awq": {"modules"},
+    "quantise": FOUNDATION
+    | {"adapters", "awq", "dequantise", "hub", "models", "modules", "nf4_files", "tokenizers", "weights"},
     "tokenizers": FOUNDATION,
     "export": FOUNDATION | {"modules", "hub", "adapters", "tokenizers"},
     "models": FOUNDATION | {"dequantise", "modules", "hub", "hub_names", "tokenizers"},

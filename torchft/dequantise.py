@@ -183,9 +183,11 @@ class TorchaoFiles(WeightFiles):
 def int4_values(quantised: Any) -> Tensor:
     """Of torchao's Int4Tensor [out, in], which has no ``dequantize``: of a byte's codes the low one comes first."""
     codes = torch.stack((quantised.qdata << 4 >> 4, quantised.qdata >> 4), dim=-1).flatten(1)  # signs are kept
-    groups = codes.unflatten(1, (-1, quantised.block_size[1])).to(quantised.scale.dtype)
-    values: Tensor = groups * quantised.scale.t()[..., None] + quantised.zero_point.t()[..., None]
-    return values.flatten(1)
+    groups = codes.unflatten(1, (-1, quantised.block_size[1])).float()
+    values = (groups * quantised.scale.t()[..., None] + quantised.zero_point.t()[..., None]).flatten(1)
+    if quantised.act_pre_scale is not None:  # of the inputs (AWQ)
+        values *= quantised.act_pre_scale
+    return values.to(quantised.scale.dtype)
 
 
 def _part(name: str, part: str) -> str:

@@ -7,7 +7,7 @@ The files are in torchao's layout of safetensors, NF4's in bitsandbytes', which 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torchft import models, nf4_files
 from torchft.adapters.formats import packed_int4, packed_int4_config, torchao_config, unfit
 from torchft.adapters.targets import ALL_LINEAR, find_linears
+from torchft.awq import column_scales
 from torchft.dequantise import open_weights
 from torchft.errors import UserError, collecting
 from torchft.files import new_folder, read_json
 from torchft.hub import hub_format, places, save_side_files
+from torchft.modules.decoder import Decoder
 from torchft.tokenizers.export import save_tokenizer
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.weights import WeightFiles, write_shards
@@ -48,30 +50,34 @@ class Quantisation:
 class Layers:
     """Hub names of the weights of a model's linear layers, and of what is stored as it is, whatever the rest."""
 
-    chosen: set[str]
+    chosen: dict[str, list[str]]  # and our layers whose rows they hold
     left: set[str]
     keep_dtype: set[str]
 
 
-def save_quantised(
-    source: Path, folder: Path, how: Quantisation, tokenizer: Tokenizer, *, device: torch.device, dtype: torch.dtype
-) -> list[str]:
+def save_quantised(source: Path, folder: Path, how: Quantisation, tokenizer: Tokenizer, **options: Any) -> list[str]:
     """``quantise_folder``, with all else that a Hub folder has; ``folder`` is written whole or not at all."""
     with new_folder(folder) as new:
-        names = quantise_folder(source, new, how, device=device, dtype=dtype)
+        names = quantise_folder(source, new, how, **options)
         save_side_files(source, new, stop_ids=tokenizer.stop_ids)
         save_tokenizer(tokenizer, new)
     return names
 
 
 def quantise_folder(
-    source: Path, folder: Path, how: Quantisation, *, device: torch.device, dtype: torch.dtype
+    source: Path,
+    folder: Path,
+    how: Quantisation,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Write to ``folder``, which exists, the config.json and the weights of ``source`` in fewer bits.
 
-    Weights are rounded on ``device`` from their values in ``dtype``, in which the rest is stored. Returns the names of
-    the quantised Hub tensors. Raises UserError for layers that do not fit, and for what ``device`` cannot do. One
-    process calls it.
+    Weights are rounded on ``device`` from their values in ``dtype``, in which the rest is stored; packed int4 with
+    their columns multiplied by ``scales`` (`calibrated`). Returns the names of the quantised Hub tensors. Raises
+    UserError for layers that do not fit, and for what ``device`` cannot do. One process calls it.
     """
     layers, files = hub_layers(source, how, device=device, dtype=dtype), open_weights(source)
     encode = partial(_encoded, how=how, device=device)
@@ -84,7 +90,7 @@ def quantise_folder(
         shape = files.shape(name)
         if name in layers.chosen:
             if shape not in examples:
-                parts, described = encode(torch.zeros(shape, dtype=dtype))
+                parts, described = encode(torch.zeros(shape, dtype=dtype), scales[name] if scales else None)
                 examples[shape] = {part: tensor.nbytes for part, tensor in parts.items()}, described
             bytes_of, described = examples[shape]
             bytes_of = {_part(name, part): size for part, size in bytes_of.items()}
@@ -103,7 +109,7 @@ def quantise_folder(
         if name not in layers.chosen:
             return files.read(name).to(_kept(files, name, layers, dtype))
         if name != last[0]:
-            parts, _ = encode(files.read(name).to(dtype))
+            parts, _ = encode(files.read(name).to(dtype), scales[name] if scales else None)
             last = name, {_part(name, part): tensor.cpu() for part, tensor in parts.items()}
         return last[1][part]
 
@@ -145,26 +151,42 @@ def hub_layers(source: Path, how: Quantisation, *, device: torch.device, dtype: 
     every = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     keeps = re.compile(hub_format(model).names.keeps_dtype or r"(?!)")
     return Layers(
-        chosen={hub for hub, parts in ours.items() if parts <= wanted},
+        chosen={
+            hub: sorted(name.removesuffix(".weight") for name in parts)
+            for hub, parts in ours.items()
+            if parts <= wanted
+        },
         left={hub for hub, parts in ours.items() if parts <= every - wanted},
         keep_dtype={hub for hub, parts in ours.items() if any(keeps.search(name) for name in parts)},
     )
 
 
-def _encoded(weight: Tensor, *, how: Quantisation, device: torch.device) -> tuple[dict[str, Tensor], str]:
+def calibrated(
+    model: Decoder, samples: Sequence[Sequence[int]], source: Path, how: Quantisation, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The ``scales`` of AWQ (awq.py) for the weights in ``source``, of which ``model`` is loaded, by ``samples``."""
+    layers, files = hub_layers(source, how, device=model.embed_tokens.weight.device, dtype=dtype), open_weights(source)
+    config = torchao_config(how.format, group_size=how.group_size, search_scales=how.search_scales)
+    return column_scales(model, samples, layers.chosen, files.read, config)
+
+
+def _encoded(
+    weight: Tensor, scale: Tensor | None, *, how: Quantisation, device: torch.device
+) -> tuple[dict[str, Tensor], str]:
     """[out, in] -> the plain tensors that a file holds for it, and what its header says of it, if its name is NAME."""
     if how.format == "nf4":
         return nf4_files.quantised(NAME, weight.to(device)), ""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_  # slow to import
 
+    weight = weight if scale is None else (weight * scale).to(weight.dtype)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
     holder = nn.ModuleDict({"layer": layer})
     quantize_(holder, torchao_config(how.format, group_size=how.group_size, search_scales=how.search_scales))
     quantised: Tensor = holder.state_dict()["layer.weight"]
     assert type(quantised) is not Tensor, "torchao leaves a weight that does not fit as it is; `unfit` names it"
-    parts, about = flatten_tensor_state_dict({NAME: packed_int4(quantised) if how.packed else quantised})
+    parts, about = flatten_tensor_state_dict({NAME: packed_int4(quantised, scale) if how.packed else quantised})
     return parts, about[NAME]
 
 

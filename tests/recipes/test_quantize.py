@@ -133,6 +133,19 @@ def test_evaluate_and_generate_take_the_folder(format, quantize, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == len(HELD_OUT)
 
 
+def test_calibration(quantize, data, tmp_path):
+    """Another rounding of the same model, by the rows that are measured; test_awq.py says which."""
+    calibration = [f"calibration={{_component_: torchft.data.datasets.chat, source: {data}}}"]
+    measured = [f"dataset_eval.source={data}", "group_size=128"]
+    plain = report(quantize(tmp_path / "plain", *measured))
+    found = report(quantize(tmp_path / "run", *measured, *calibration))
+    assert found["calibration_tokens"] == found["tokens"] == plain["tokens"]
+    assert found["nll_before"] == plain["nll_before"] and found["nll_after"] != plain["nll_after"]
+    assert 0 < found["bytes_after"] - plain["bytes_after"] < 14 * (256 * 4 + 400)  # a scale for each input
+    with pytest.raises(UserError, match="calibration: AWQ is for int4 with packed: true"):
+        quantize(tmp_path / "int8", "format=int8", *calibration)
+
+
 def test_every_problem_is_said_at_once(quantize, tmp_path):
     wrong = ["format=fp8", "ignore=[gate_prj]", "dataset_eval.source=nowhere.jsonl"]
     with pytest.raises(UserError) as e:
