@@ -5,8 +5,8 @@
     tune run quantize checkpoint_dir=Qwen3-8B format=nf4 output_dir=out/nf4 adapter=out/my_run/export/adapter
     python recipes/quantize.py --config my.yaml format=fp8
 
-One tensor at a time is read, rounded on the device and written; a model is loaded only to be measured, and to merge an
-adapter into it. To change it: `tune cp quantize my_recipe.py`, then `tune run my_recipe.py --config ...`.
+One tensor at a time is read, rounded on the device and written; a model is loaded only to be measured, calibrated or
+merged with an adapter. To change it: `tune cp quantize my_recipe.py`, then `tune run my_recipe.py --config ...`.
 """
 
 import json

@@ -179,14 +179,15 @@ def _encoded(
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_  # slow to import
 
-    weight = weight if scale is None else (weight * scale).to(weight.dtype)
+    inputs = None if scale is None else scale.reciprocal().to(weight.dtype)
+    weight = weight if inputs is None else (weight.float() / inputs.float()).to(weight.dtype)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
     holder = nn.ModuleDict({"layer": layer})
     quantize_(holder, torchao_config(how.format, group_size=how.group_size, search_scales=how.search_scales))
     quantised: Tensor = holder.state_dict()["layer.weight"]
     assert type(quantised) is not Tensor, "torchao leaves a weight that does not fit as it is; `unfit` names it"
-    parts, about = flatten_tensor_state_dict({NAME: packed_int4(quantised, scale) if how.packed else quantised})
+    parts, about = flatten_tensor_state_dict({NAME: packed_int4(quantised, inputs) if how.packed else quantised})
     return parts, about[NAME]
 
 

@@ -67,18 +67,21 @@ def torchao_config(format: str, *, group_size: int, search_scales: bool = False)
     return MXDynamicActivationMXWeightConfig(activation_dtype=fp4, weight_dtype=fp4)
 
 
-def packed_int4(weight: Any, columns: Tensor | None = None) -> Tensor:
+def packed_int4(weight: Any, inputs: Tensor | None = None) -> Tensor:
     """torchao's int4 weight, a code in each byte -> its Int4Tensor of the same values, with two.
 
-    ``columns``: [in], by which the weight's columns are multiplied, and its inputs divided when it computes.
+    ``inputs``: [in], what they are multiplied by when the layer computes; the weight's columns were divided by it.
     """
     from torchao.quantization import Int4Tensor  # slow to import
 
     codes, scale = weight.qdata, weight.scale.t().contiguous()  # [out, in] int8; [groups, out]
     pairs = codes[:, 1::2] << 4 | codes[:, ::2] & 15
     zero = torch.zeros_like(scale)
-    inputs = None if columns is None else columns.to(scale.device).reciprocal().to(scale.dtype)
-    how = {"block_size": list(weight.block_size), "shape": weight.shape, "act_pre_scale": inputs}
+    how = {
+        "block_size": list(weight.block_size),
+        "shape": weight.shape,
+        "act_pre_scale": None if inputs is None else inputs.to(scale.device),
+    }
     packed: Tensor = Int4Tensor(pairs, scale, zero, **how)
     return packed
 
