@@ -32,7 +32,7 @@ from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
 from torchft.data.stream_loader import open_loader
 from torchft.data.summary import Summary, summarise
-from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_all, share_right, side_by_side
+from torchft.generation.exact_match import Answer, ExactMatchConfig, answer_sharded, share_right, side_by_side
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder, init_weights
 from torchft.ranks import from_main, is_main, main_first, new_folder
@@ -274,9 +274,10 @@ def train(config: Config, run: Run, world: World) -> None:
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
     if not rounds_stochastically(optimizer):
         warn_if_frozen(params, max(float(group["initial_lr"]) for group in optimizer.param_groups))
-    before: list[Answer] = []
+    fits = plan.gathers_once and config.parallel.ep == 1
+    examine, before = partial(answer_sharded, tp=world.tokens.tp, fits=fits), list[Answer]()
     if exam and step == 0:
-        before = answer_all(model, tokenizer, questions, exam)
+        before = examine(model, tokenizer, questions, exam)
         metrics.write({"step": 0, "exact_match": share_right(before)})
     after = before
     guard = Guard(config.guard)
@@ -332,7 +333,7 @@ def train(config: Config, run: Run, world: World) -> None:
                     if evaluates and eval_loader:
                         row["eval_loss"] = evaluate(model, eval_loader, world)
                     if evaluates and exam:
-                        after = answer_all(model, tokenizer, questions, exam)
+                        after = examine(model, tokenizer, questions, exam)
                         row["exact_match"] = share_right(after)
                 metrics.write(row)
                 trackers.log(step, row)
@@ -356,7 +357,7 @@ def train(config: Config, run: Run, world: World) -> None:
     where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "loss": f"{run.path / 'loss.png'}"}
     where |= {"model": str(export)}
     if exam:
-        after = after or answer_all(model, tokenizer, questions, exam)  # resumed after the last step
+        after = after or examine(model, tokenizer, questions, exam)  # resumed after the last step
         was = f"{share_right(before):.1%} before training, " if before else ""
         where["exact match"] = f"{was}{share_right(after):.1%} after, on {len(after)} held-out questions"
         answers_table(console, side_by_side(before, after), "Held-out questions")

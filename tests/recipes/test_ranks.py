@@ -61,7 +61,7 @@ def same_run(ours, alone, steps=20, bar=1e-5):
         (2, ["recompute=full", STOCHASTIC]),
         (2, ["optimizer_in_backward=true", "clip_grad_norm=null"]),
         (2, ["from_scratch=true"]),
-        (2, [WHOLE]),
+        (2, [WHOLE, "exact_match.max_new_tokens=4"]),
         (2, ["parallel.tp=2"]),
         (2, ["parallel.cp=2", "packed=true"]),
         (4, ["parallel.tp=2", "packed=true", STOCHASTIC]),
@@ -70,6 +70,7 @@ def same_run(ours, alone, steps=20, bar=1e-5):
 )
 def test_full_fine_tuning_is_that_of_one_process(full, settings, data, tmp_path, no_picture, size, options):
     options = [*STEPS, f"dataset_eval={{_component_: torchft.data.datasets.chat, source: {data}}}", *options]
+    options += [f"exact_match.source={data}"] * options[-1].startswith("exact_match")
     alone = full(tmp_path / "alone", *[o for o in options if "parallel" not in o], "batch_size=4")
     ours = together(size, "full_finetune", settings, tmp_path / "together", *options)
     same_run(ours, alone, steps=len(losses(alone)))

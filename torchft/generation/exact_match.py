@@ -7,6 +7,7 @@ from typing import Annotated
 from torchft.config import Range
 from torchft.generation.greedy import generate
 from torchft.modules.decoder import Decoder
+from torchft.modules.sharded import gathered
 from torchft.ranks import gather, num_ranks, rank
 from torchft.tokenizers.chat import Message
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -62,6 +63,23 @@ def answer_among_ranks(
     own = answer_all(model, tokenizer, conversations[rank() // tp :: count], limits)
     found = gather(own)[::tp]
     return [found[i % count][i // count] for i in range(len(conversations))]
+
+
+def answer_sharded(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    limits: ExactMatchConfig,
+    *,
+    tp: int,
+    fits: bool,
+) -> list[Answer]:
+    """All ranks, of a model that FSDP2 shards: `answer_among_ranks`, if it ``fits`` as a whole on each ``tp`` of them.
+    Otherwise all answer everything, in step, as a block is gathered on all at once."""
+    if not fits:
+        return answer_all(model, tokenizer, conversations, limits)
+    with gathered(model):
+        return answer_among_ranks(model, tokenizer, conversations, limits, tp=tp)
 
 
 def share_right(answers: Sequence[Answer]) -> float:
