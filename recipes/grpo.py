@@ -59,6 +59,7 @@ from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
 from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
@@ -138,6 +139,7 @@ class Config:
     save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
     keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out reward
     resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    profile: ProfileConfig | None = None  # what the devices do in a few steps, as files; `profile: {}`
     metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
         field(default_factory=list)
     )
@@ -271,9 +273,8 @@ def train(config: Config, run: Run, world: World) -> None:
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=config.seq_len))
-    params = [p for p in model.parameters() if p.requires_grad]
-    guard, shared_by = Guard(config.guard), world.tokens.count  # how many ranks have the same rows
-    groups = {"group_size": config.rollout.group_size, "copies": shared_by}
+    params, guard = [p for p in model.parameters() if p.requires_grad], Guard(config.guard)
+    groups = {"group_size": config.rollout.group_size, "copies": world.tokens.count}  # ranks that have the same rows
     row: Row = {}
     if step == 0 and questions:
         row = rollouts.held_out(questions)
@@ -288,6 +289,7 @@ def train(config: Config, run: Run, world: World) -> None:
         out_of_memory_explained(plan),
         Interruptible() as stop,
         Saver(run.path, run.id, base=base, keep_last=config.keep_last, own=("rng",)) as saver,
+        profiled(config.profile, run.path / "profile") as end_of_step,
     ):
         while step < total_steps:
             world.begin_step(step)
@@ -351,17 +353,18 @@ def train(config: Config, run: Run, world: World) -> None:
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 routing.end_of_step()
-                computed = sum(b.num_computed for b in batches[k]) // shared_by
-                meter.add(loss, tokens=computed, supervised=totals.tokens // shared_by)
+                computed = sum(b.num_computed for b in batches[k]) // world.tokens.count
+                meter.add(loss, tokens=computed, supervised=totals.tokens // world.tokens.count)
             step += 1
 
+            profile = end_of_step()
             evaluates = bool(questions) and is_due(step, config.eval_every, total_steps)
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             row = {}
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row() | rollouts.row()
-                row |= {"rollout_s": rollout_s} | rollout_row(episodes, scores, **groups)
+                row |= profile | {"rollout_s": rollout_s} | rollout_row(episodes, scores, **groups)
                 row |= {"shared_tokens": saved_tokens} if shares else {}
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 write_samples(run.path / "samples.jsonl", step, episodes, scores)

@@ -53,6 +53,7 @@ from torchft.training.meter import Meter, training_flops
 from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
+from torchft.training.profile import ProfileConfig, profiled
 from torchft.training.recompute import plans
 from torchft.training.routing import Routing, RoutingConfig
 from torchft.training.run_folder import Run, open_run
@@ -125,6 +126,7 @@ class Config:
     save_every: Annotated[int, Range(min=1)] | None = None  # steps; null: only at the end
     keep_last: Annotated[int, Range(min=1)] = 2  # step folders kept, besides the best by held-out reward
     resume: Literal["auto", "accept_changes", "never"] = "auto"  # auto: go on from this run's newest whole checkpoint
+    profile: ProfileConfig | None = None  # what the devices do in a few steps, as files; `profile: {}`
     metric_loggers: list[Annotated[Component, Kind("metric_logger", supplied=("run_id", "output_dir", "config"))]] = (
         field(default_factory=list)
     )
@@ -260,8 +262,8 @@ def train(config: Config, run: Run, world: World) -> None:
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=config.seq_len))
     params = [p for p in trained_parts.parameters() if p.requires_grad]
-    guard, shared_by = Guard(config.guard), world.tokens.count  # how many ranks have the same rows
-    groups = {"group_size": config.rollout.group_size, "copies": shared_by}
+    guard = Guard(config.guard)
+    groups = {"group_size": config.rollout.group_size, "copies": world.tokens.count}  # ranks that have the same rows
     judged = partial(judge_rows, model, temperature=sampling.temperature, critic=critic)
     row: Row = {}
     if step == 0 and questions:
@@ -277,6 +279,7 @@ def train(config: Config, run: Run, world: World) -> None:
         out_of_memory_explained(plan),
         Interruptible() as stop,
         Saver(run.path, run.id, base=base, keep_last=config.keep_last, own=("rng",)) as saver,
+        profiled(config.profile, run.path / "profile") as end_of_step,
     ):
         while step < total_steps:
             world.begin_step(step)
@@ -338,17 +341,18 @@ def train(config: Config, run: Run, world: World) -> None:
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 routing.end_of_step()
-                computed = sum(b.tokens.numel() for b in batches[k]) // shared_by
-                meter.add(loss, tokens=computed, supervised=totals.tokens // shared_by)
+                computed = sum(b.tokens.numel() for b in batches[k]) // world.tokens.count
+                meter.add(loss, tokens=computed, supervised=totals.tokens // world.tokens.count)
             step += 1
 
+            profile = end_of_step()
             evaluates = bool(questions) and is_due(step, config.eval_every, total_steps)
             stops = step < total_steps and bool(asked)  # all ranks alike
             saves = is_due(step, config.save_every, total_steps) or stops
             row = {}
             if evaluates or saves or is_due(step, config.log_every, total_steps):  # no row's mean spans a checkpoint
                 row = meter.row(step, lr=lr, grad_norm=grad_norm) | routing.row() | curves.row() | rollouts.row()
-                row |= {"rollout_s": rollout_s} | rollout_row(episodes, scores, **groups)
+                row |= profile | {"rollout_s": rollout_s} | rollout_row(episodes, scores, **groups)
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 write_samples(run.path / "samples.jsonl", step, episodes, scores)
                 if evaluates:
