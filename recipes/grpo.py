@@ -333,8 +333,7 @@ def train(config: Config, run: Run, world: World) -> None:
                     logps, entropy = chosen_logps(model, batch, temperature=sampling.temperature)
                     before = old[k][i] if old else logps.detach()  # of the weights that generated
                     losses, clipped = grpo(logps, before, batch.scores, batch.mask, method=method)
-                    if config.importance_cap:
-                        cap = config.importance_cap
+                    if cap := config.importance_cap:
                         losses = losses * truncated_weights(before, batch.sampler_logps, batch.mask, cap=cap)
                     known = reference[k][i] if reference else None
                     if known is not None:
@@ -342,9 +341,8 @@ def train(config: Config, run: Run, world: World) -> None:
                     micro_loss = (token_weights(batch.mask, method.normalizer, totals) * losses).sum()
                     micro_loss.backward()
                     own_loss += micro_loss.detach()
-                    curves.add(
-                        batch, logps.detach(), entropy=entropy.detach(), clipped=clipped, before=before, reference=known
-                    )
+                    how_far = {"clipped": clipped, "before": before, "reference": known}
+                    curves.add(batch, logps.detach(), entropy=entropy.detach(), **how_far)
                 loss, asked = world.sum(torch.stack([own_loss, torch.full_like(own_loss, stop.asked)]))
                 grad_norm = clip_grad_norm(params, config.clip_grad_norm)
                 places = [place for batch in batches[k] for place in batch.where]

@@ -16,7 +16,8 @@ from torchft.errors import UserError
 from torchft.generation import loaded
 from torchft.rl import remote
 from torchft.rl.curves import rollout_row
-from torchft.training import recompute
+from torchft.training import profile, recompute
+from torchft.training.communication import Communication
 from torchft.training.compile import compile_blocks, compiled
 from torchft.training.metrics import read_rows
 from torchft.training.saver import Saver
@@ -177,6 +178,14 @@ def test_compiled_blocks_share_prompts_in_rows_of_one_shape(grpo, tmp_path, monk
         for row, want in zip(rows(tmp_path / run), rows(plain), strict=True):
             for name in want.keys() - {"tokens"}:
                 assert row[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_profile_goes_into_the_rows(grpo, tmp_path, monkeypatch):
+    """Of a step with its rollout; on CPUs collectives leave no times, so these here are made up."""
+    monkeypatch.setattr(profile, "communication", lambda profiler: Communication(running=0.3, exposed=0.1))
+    run = grpo(tmp_path / "run", "max_steps=3", "profile={first_step: 2, steps: 1}")
+    assert [row.get("communication_exposed") for row in rows(run)] == [None, 0.1, 0.1]
+    assert (run / "profile" / "trace_rank_00000.json.gz").stat().st_size > 0
 
 
 @pytest.mark.parametrize("options", [["passes=2", "mini_batches=2", "rollout.resample=1", "share_prompts=true"]])
