@@ -17,6 +17,7 @@ import torch
 
 from torchft.generation.compiled import CompiledStep
 from torchft.generation.cuda_graphs import Graphs
+from torchft.generation.narrow_adapters import NarrowAdapters
 from torchft.generation.requests import Completion, Finish, Request, Running, Update
 from torchft.generation.slots import Slots, Start
 from torchft.modules.decoder import Decoder
@@ -63,6 +64,7 @@ class Engine:
             vocab_size=vocab_size or model.config.vocab_size,
         )
         self._graphs = Graphs(self._slots.moved) if self._slots.replays else None
+        self._adapters = NarrowAdapters(model)
         self._compiled = CompiledStep(model, self._slots, backend=compile) if compile else None
         self._queue: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}  # by slot
@@ -109,6 +111,10 @@ class Engine:
     @torch.compiler.set_stance("force_eager")  # blocks compiled for training would compile again for every length
     def advance(self) -> list[Update]:
         """Fill free slots, take a few steps, and say what is new. For a model in eval mode."""
+        with self._adapters.used():
+            return self._advance()
+
+    def _advance(self) -> list[Update]:
         updates = self._fill()
         if not self._running:
             return updates
@@ -131,6 +137,7 @@ class Engine:
         """Free the cache; the next request makes it anew. For the time in which the model trains."""
         assert self.is_idle
         self._slots.release()
+        self._adapters = NarrowAdapters(self.model)
         self._graphs = Graphs(self._slots.moved) if self._graphs else None
 
     def _fill(self) -> list[Update]:

@@ -275,3 +275,18 @@ def test_cuda_graphs_change_nothing():
     plain = engine(model)
     plain._graphs = None
     assert [c.tokens for c in plain.complete(requests(repetition_penalty=1.1, top_p=0.9))] == [c.tokens for c in got]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_compiled_steps_on_a_gpu(num_slots):
+    """One slot has products of its own. In fp32 the same tokens; in bf16 log-probabilities as training finds them."""
+    model = decoder().eval().to("cuda")
+    asked = requests(PROMPTS[:4], top_p=0.9)
+    want = engine(model, num_slots=num_slots).complete(asked)
+    found = engine(model, num_slots=num_slots, compile="inductor").complete(asked)
+    assert [c.tokens for c in found] == [c.tokens for c in want]
+    half, whole = decoder().eval().to("cuda", torch.bfloat16), decoder().eval()
+    for prompt, c in zip(PROMPTS, engine(half, num_slots=num_slots, compile="inductor").complete(asked)):
+        assert (torch.tensor(c.logps) - logps_of(whole, prompt, c.tokens)).abs().max() < 0.2
