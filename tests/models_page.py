@@ -40,7 +40,7 @@ ship for the sizes that people tune.
 TEMPLATES = {  # of families whose released template trl ships
     "command_r7b": "cohere2", "deepseek_v3": "deepseekv3", "gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma3",
     "gemma4": "gemma4", "glm4_moe": "glm4moe", "gpt_oss": "gptoss", "llama3": "llama3_1", "phi3": "phi3_5",
-    "qwen2": "qwen2_5", "qwen3": "qwen3", "qwen3_moe": "qwen3",
+    "qwen2": "qwen2_5", "qwen3": "qwen3", "qwen3_moe": "qwen3", "qwen3_5": "qwen3_5_think",
 }  # fmt: skip
 
 

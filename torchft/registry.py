@@ -101,6 +101,7 @@ COMPONENTS: dict[str, str] = {
     "torchft.models.llama3.chat_3_2": "chat_format",
     "torchft.models.llama4.chat": "chat_format",
     "torchft.models.qwen3.chat": "chat_format",
+    "torchft.models.qwen3_5.chat": "chat_format",
 }
 
 _added: dict[str, tuple[Callable[..., Any], str]] = {}  # by the running recipe

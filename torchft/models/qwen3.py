@@ -180,32 +180,32 @@ def chat(
         schemas = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
         before = "" if system is None else system + "\n\n"
         head, foot = (Segment(text, control=True) for text in _TOOLS)
-        segments = [*_begin("system"), Segment(before), head, Segment(schemas), foot, _end()]
+        segments = [*begin("system"), Segment(before), head, Segment(schemas), foot, end()]
     elif system is not None:
-        segments = [*_begin("system"), Segment(system), _end()]
+        segments = [*begin("system"), Segment(system), end()]
     for i, message in list(enumerate(messages))[has_system:]:
         match message["role"]:
             case "user":
-                segments += [*_begin("user"), Segment(join_parts(message["content"], i)), _end()]
+                segments += [*begin("user"), Segment(join_parts(message["content"], i)), end()]
             case "assistant":
-                segments += _begin("assistant") + _answer(message, i)
+                segments += begin("assistant") + _answer(message, i)
             case "tool":
                 is_first = messages[i - 1]["role"] != "tool"
                 is_last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
-                segments += _result(message["content"], is_first=is_first) + [_end()] * is_last
+                segments += result(message["content"], is_first=is_first) + [end()] * is_last
             case role:
                 raise UserError(f"message {i}: Qwen 3's chat format has no role {role!r}")
     if add_generation_prompt:
-        segments += _begin("assistant")
+        segments += begin("assistant")
         segments += [Segment("<think>\n\n</think>\n\n", control=True)] * (not enable_thinking)
     return segments
 
 
-def _begin(role: str) -> list[Segment]:
+def begin(role: str) -> list[Segment]:
     return [Segment(f"<|im_start|>{role}\n", control=True)]
 
 
-def _end(*, train: bool = False) -> Segment:
+def end(*, train: bool = False) -> Segment:
     return Segment("<|im_end|>\n", control=True, train=train)
 
 
@@ -225,10 +225,10 @@ def _answer(message: Message, i: int) -> list[Segment]:
             Segment(f'{{"name": "{name}", "arguments": {arguments}}}', train=train),
             Segment("\n</tool_call>", control=True, train=train),
         ]
-    return [*segments, _end(train=train)]
+    return [*segments, end(train=train)]
 
 
-def _result(content: Any, *, is_first: bool) -> list[Segment]:
+def result(content: Any, *, is_first: bool) -> list[Segment]:
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     begin = Segment("<|im_start|>user" * is_first + "\n<tool_response>\n", control=True)
     return [begin, Segment(text), Segment("\n</tool_response>", control=True)]

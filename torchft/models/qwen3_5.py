@@ -4,13 +4,18 @@ checkpoints the text model, whose three-dimensional RoPE is the plain one for te
 Weights: https://huggingface.co/Qwen
 """
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
+from torchft.errors import UserError
 from torchft.models import qwen3_next
 from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, rope_to_hub
+from torchft.models.qwen3 import begin, end, result
 from torchft.models.qwen3_next import HUB, Qwen3NextConfig, block, build, mixers_from_hub  # noqa: F401
 from torchft.modules.rope import Rope
+from torchft.tokenizers.chat import Message, Segment, join_parts, split_thought
 
 DENSE, MOE = "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"
 
@@ -86,3 +91,112 @@ def to_hub(c: Qwen3NextConfig) -> dict[str, Any]:
         **(experts if c.num_experts else {}),
         **rope_to_hub(c.rope),
     }
+
+
+# Chat: the released template drops the reasoning of all but the last turn; here, and in what is exported after training
+# with ``chat_format: qwen3_5``, every turn keeps it, as in Qwen 3's format. Calls are written as XML.
+
+_TOOLS = (
+    "# Tools\n\nYou have access to the following functions:\n\n<tools>",
+    "\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n<tool_call>\n"
+    "<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
+    "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\nmultiple lines\n"
+    "</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the specified "
+    "format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n"
+    "- Required parameters MUST be specified\n- You may provide optional reasoning for your function call in natural "
+    "language BEFORE the function call, but NOT after\n- If there is no function call available, answer the question "
+    "like normal with your current knowledge and do not tell the user about function calls\n</IMPORTANT>",
+)
+CHAT_TEMPLATE = """\
+{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}
+{%- if tools -%}
+    {{- '<|im_start|>system\\n' + BEFORE -}}
+    {%- for tool in tools -%}
+        {{- '\\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- AFTER + ('\\n\\n' + system if system else '') + '<|im_end|>\\n' -}}
+{%- elif system is not none -%}
+    {{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set content = message['content'] | trim if message['content'] is string else '' -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '<|im_start|>user\\n' + content + '<|im_end|>\\n' -}}
+    {%- elif message['role'] == 'tool' -%}
+        {%- set content = content if message['content'] is string else message['content'] | tojson -%}
+        {{- ('<|im_start|>user' if loop.previtem['role'] != 'tool' else '') + '\\n<tool_response>\\n' + content -}}
+        {{- '\\n</tool_response>' + ('<|im_end|>\\n' if loop.last or loop.nextitem['role'] != 'tool' else '') -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- set thought = message['reasoning_content'] if message['reasoning_content'] is string else '' -%}
+        {%- if not message['reasoning_content'] is string and '</think>' in content -%}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {{- '<|im_start|>assistant\\n<think>\\n' + thought | trim + '\\n</think>\\n\\n' + content -}}
+        {%- for call in message['tool_calls'] or [] -%}
+            {{- ('\\n' if not loop.first else '\\n\\n' if content | trim else '') + '<tool_call>\\n<function=' -}}
+            {{- call['function']['name'] + '>\\n' -}}
+            {%- for key, value in call['function']['arguments'].items() -%}
+                {%- set is_json = value is mapping or (value is sequence and value is not string) -%}
+                {{- '<parameter=' + key + '>\\n' + (value | tojson if is_json else value | string) -}}
+                {{- '\\n</parameter>\\n' -}}
+            {%- endfor -%}
+            {{- '</function>\\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\\n' -}}
+    {%- elif not loop.first -%}
+        {{- raise_exception('no role ' + message['role'] + ' here') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {%- set closes = enable_thinking is defined and enable_thinking is false -%}
+    {{- '<|im_start|>assistant\\n<think>\\n' + ('\\n</think>\\n\\n' if closes else '') -}}
+{%- endif -%}
+""".replace("BEFORE", repr(_TOOLS[0])).replace("AFTER", repr(_TOOLS[1]))
+
+
+def chat(
+    messages: Sequence[Message], *, tools: list[Any] | None = None, add_generation_prompt: bool = False,
+    enable_thinking: bool = True,
+) -> list[Segment]:  # fmt: skip
+    """Qwen 3.5's format with the reasoning of every turn, which the prompt opens; ``enable_thinking`` false: closes."""
+    has_system = messages[0]["role"] == "system"
+    system = join_parts(messages[0]["content"], 0).strip() if has_system else None
+    segments = []
+    if tools:
+        schemas = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
+        head, foot = (Segment(text, control=True) for text in _TOOLS)
+        segments = [*begin("system"), head, Segment(schemas), foot, Segment("\n\n" + system if system else ""), end()]
+    elif system is not None:
+        segments = [*begin("system"), Segment(system), end()]
+    for i, message in list(enumerate(messages))[has_system:]:
+        match message["role"]:
+            case "user":
+                segments += [*begin("user"), Segment(join_parts(message["content"], i).strip()), end()]
+            case "assistant":
+                segments += begin("assistant") + _answer(message, i)
+            case "tool":
+                content = message["content"]
+                content = content.strip() if isinstance(content, str) else content
+                is_last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
+                segments += result(content, is_first=messages[i - 1]["role"] != "tool") + [end()] * is_last
+            case role:
+                raise UserError(f"message {i}: Qwen 3.5's chat format has no role {role!r}")
+    if add_generation_prompt:
+        closing = "" if enable_thinking else "\n</think>\n\n"
+        segments += [*begin("assistant"), Segment("<think>\n" + closing, control=True)]
+    return segments
+
+
+def _answer(message: Message, i: int) -> list[Segment]:
+    train = message.get("train", True)
+    thought, content = split_thought({**message, "content": join_parts(message.get("content") or "", i).strip()}, i)
+    parts = [("<think>\n", True), (thought.strip(), False), ("\n</think>\n\n", True), (content, False)]
+    for k, call in enumerate(message.get("tool_calls", [])):
+        before = "\n" if k else "\n\n" * bool(content.strip())
+        parts += [(f"{before}<tool_call>\n", True), (f"<function={call['function']['name']}>\n", False)]
+        for key, value in call["function"]["arguments"].items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+            parts.append((f"<parameter={key}>\n{text}\n</parameter>\n", False))
+        parts += [("</function>\n", False), ("</tool_call>", True)]
+    return [*(Segment(text, control=control, train=train) for text, control in parts), end(train=train)]

@@ -192,7 +192,7 @@ def _prefix(head: str, text: str, i: int, where: str, closing: str = "") -> int:
     raise UserError(
         f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer "
         "or more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be "
-        "told. Use train_on: last, single turns, a chat_format that keeps the reasoning of every turn (qwen3, "
+        "told. Use train_on: last, single turns, a chat_format that keeps the reasoning of every turn (qwen3, qwen3_5, "
         "deepseek_v3), or a chat_format .jinja file with {% generation %} marks"
     )
 
