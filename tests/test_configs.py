@@ -11,6 +11,7 @@ from torchft import models, shipped
 from torchft.adapters.formats import unfit
 from torchft.adapters.lora import apply_lora, num_parameters
 from torchft.adapters.nf4 import apply_nf4
+from torchft.adapters.qat import apply_qat
 from torchft.adapters.targets import find_linears
 from torchft.config_load import load
 from torchft.errors import UserError
@@ -65,6 +66,10 @@ def test_config_is_valid_and_fits_its_model(name: str, tmp_path: Path) -> None:
         how = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
         problems = unfit(layers, config.format, group_size=config.group_size, **how)
         assert all(p.startswith("format: fp8 needs a GPU") for p in problems)
+    if raw["recipe"] == "qat_finetune":
+        if config.lora:
+            apply_lora(model, config.lora)
+        assert apply_qat(model, config.qat, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert config.seq_len <= model.config.max_seq_len
 
 

@@ -110,8 +110,21 @@ def distill(kd_settings):
     return partial(recipe_runs.train, recipe_runs.load_recipe("knowledge_distillation"), kd_settings)
 
 
+@pytest.fixture(scope="session")
+def qat_settings(tmp_path_factory, settings):
+    """As ``settings``, without a dtype of the export, which is the training's."""
+    path = tmp_path_factory.mktemp("settings") / "qat.yaml"
+    path.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "export_dtype"}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def qat(qat_settings):
+    return partial(recipe_runs.train, recipe_runs.load_recipe("qat_finetune"), qat_settings)
+
+
 @pytest.fixture
-def no_picture(lora, full, dpo, rewards, distill, monkeypatch):
+def no_picture(lora, full, dpo, rewards, distill, qat, monkeypatch):
     """Leaves out loss.png, whose 0.2 s at every checkpoint would be most of a test."""
-    for run in (lora, full, dpo, rewards, distill):
+    for run in (lora, full, dpo, rewards, distill, qat):
         monkeypatch.setattr(run.args[0], "draw_loss", lambda *args, **kwargs: None)
