@@ -150,10 +150,8 @@ class Config:
         if (self.nf4 or self.fp8) and (not self.lora or (self.nf4 and self.fp8)):
             yield "nf4, fp8: the base has one format, which is frozen; leave one of the sections out, and add lora"
         yield from self.rewrite.problems()
-        spread = self.parallel.tp * self.parallel.cp > 1  # a row's tokens, over ranks
-        if spread and self.teacher_top_k:
-            yield "teacher_top_k: what is written of a row is read by one rank; leave it out, or parallel.tp and cp"
-        if self.rewrite.is_asked and (self.teacher_top_k or self.parallel.ep > 1 or spread):
+        in_parts = self.parallel.tp * self.parallel.cp * self.parallel.ep > 1
+        if self.rewrite.is_asked and (self.teacher_top_k or in_parts):
             yield "rewrite: teacher_top_k knows no other answers, and models in parts (tp, cp, ep) write none"
         yield from self.routing.problems(frozen=self.lora is not None)
         if self.eval_every and not self.dataset_eval:

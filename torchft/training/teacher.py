@@ -48,8 +48,7 @@ class Teacher:
         inputs = {"positions": batch.positions, "documents": batch.documents}
         about = self._about | {"labels": batch.labels, "num_supervised": batch.num_supervised, "kd_weight": kd_weight}
         if self._table is not None:
-            rows = [row for i in batch.samples for row in range(self._firsts[i], self._firsts[i + 1])]
-            known = self._table[rows].to(batch.tokens.device)
+            known = self._table[_rows(batch, self._firsts)].to(batch.tokens.device)
             return student(batch.tokens, **inputs, head=partial(distill_top_k_sum, teacher=known, **about))
         assert self.model is not None
         learns = torch.is_grad_enabled()
@@ -85,8 +84,19 @@ class Teacher:
                 head = partial(top_k_logps, labels=batch.labels, count=batch.num_supervised, k=k, **about)
                 assert self.model is not None
                 found = self.model(batch.tokens, batch.positions, documents=batch.documents, head=head)
-                table[[row for i in batch.samples for row in range(firsts[i], firsts[i + 1])]] = found
+                table[_rows(batch, firsts)] = found
             return world.sum(table)
 
         table = kept_tensor({**key, **about, "k": k, "samples": samples.fingerprint()}, compute)
         return Teacher(None, **self._about, table=table, firsts=firsts)
+
+
+def _rows(batch: Batch, firsts: list[int]) -> list[int]:
+    """Which rows of a table, where those of sample i begin at ``firsts[i]``, are the supervised tokens of ``batch``, in
+    reading order. Of rows that ranks share each has those of its own tokens."""
+    rows = [row for i in batch.samples for row in range(firsts[i], firsts[i + 1])]
+    if batch.row_labels is None:
+        return rows
+    is_supervised = batch.row_labels != IGNORE
+    places = batch.shards.own(is_supervised.flatten().cumsum(0).view_as(is_supervised) - 1)
+    return [rows[place] for place in places[batch.labels != IGNORE].tolist()]
