@@ -35,7 +35,7 @@ from torchft.data.prefetch import Prefetch, one_epoch
 from torchft.data.preview import masked_tokens
 from torchft.data.samples import Samples
 from torchft.data.summary import Summary, summarise
-from torchft.data.texts import longest_text
+from torchft.data.texts import check_lengths
 from torchft.errors import UserError
 from torchft.export import save_trained
 from torchft.losses.contrastive import contrastive, document_keys, pooled, ranks_of_own, repeated
@@ -196,21 +196,14 @@ def build_texts(
     summary.check(vocab_size=sizes.vocab_size, batch_size=config.batch_size)
     if bad := [dim for dim in config.matryoshka_dims if not 0 < dim <= sizes.dim]:
         raise UserError(f"matryoshka_dims: {bad[0]} is no width of an embedding of {sizes.dim}")
-    if (longest := longest_text(samples)) > sizes.max_seq_len:
-        raise UserError(
-            f"dataset.text_len: a text has {longest} tokens, but the model has {sizes.max_seq_len} positions"
-        )
+    check_lengths(samples, sizes.max_seq_len)
     return samples, mix(held_out) if held_out else None, summary
 
 
 def embed(model: Decoder, pooling: str | None, batch: Batch) -> Tensor:
     """[samples, n, d] fp32: of each sample's query, its document and its hard negatives."""
-    head = partial(pooled, pooling=pooling, **documents_in(batch), shards=batch.shards)
+    head = partial(pooled, pooling=pooling, **batch.places, shards=batch.shards)
     return model(batch.tokens, batch.positions, documents=batch.documents, head=head)
-
-
-def documents_in(batch: Batch) -> dict[str, Any]:
-    return {"positions": batch.positions, "count": batch.answers["count"], "documents_of": batch.documents_of}
 
 
 def mean_loss(
@@ -222,7 +215,7 @@ def mean_loss(
     """
     among = {"alone": world.mesh is None, "copies": world.tokens.count}
     everywhere, first = all_rows(embedded, **among)
-    own_keys = [document_keys(b.shards.whole(b.tokens), **documents_in(b)) for b in batches]
+    own_keys = [document_keys(b.shards.whole(b.tokens), **b.places) for b in batches]
     keys, _ = all_rows(torch.cat(own_keys), **among)
     how = {"temperature": config.temperature, "symmetric": config.symmetric, "dims": config.matryoshka_dims}
     losses = contrastive(embedded, everywhere, first, keys=keys, by_angle=by_angle, **how)

@@ -1,8 +1,8 @@
-"""Reward models: Bradley-Terry on pairs, regression on scores, process rewards on steps; with LoRA if wanted.
+"""Models that score texts, decoders and encoders: rewards, classes, rerankers; with LoRA if wanted.
 
     tune run reward_modeling --config my.yaml dataset.source=my_pairs.jsonl
-    tune run reward_modeling --config my.yaml loss._component_=torchft.losses.reward.steps
-        dataset._component_=torchft.data.preferences.stepwise
+    tune run reward_modeling --config bert/base_classify dataset.source=my_texts.jsonl dataset.labels=[no,yes]
+    tune run reward_modeling --config xlm_roberta/bge_reranker dataset.source=my_queries.jsonl
 
 What it leaves loads as transformers' *ForSequenceClassification (of steps: *ForTokenClassification) with equal outputs.
 To change it: `tune cp reward_modeling my_recipe.py`, then `tune run my_recipe.py --config ...`.
@@ -31,6 +31,7 @@ from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range, dump, plain
 from torchft.data.batch import Batch
 from torchft.data.judged import read_at_ends, safe_pad_id
+from torchft.data.labelled import label_names
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.preferences import check_judged
@@ -40,10 +41,12 @@ from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
 from torchft.data.stream_loader import open_loader
 from torchft.data.summary import Summary, summarise
+from torchft.data.texts import check_lengths
 from torchft.export import save_trained
 from torchft.losses.likelihood import IGNORE
-from torchft.losses.reward import ARGUMENTS, scores_at
+from torchft.losses.reward import ARGUMENTS, KINDS, document_scores, scores_at
 from torchft.modules.decoder import Decoder
+from torchft.modules.encoder import Encoder
 from torchft.ranks import from_main, is_main, main_first
 from torchft.redact import redact_tree
 from torchft.tokenizers.tokenizer import Tokenizer
@@ -148,8 +151,9 @@ class Config:
             yield "eval_every: there is nothing to evaluate; give dataset_eval"
 
 
-def build_model(config: Config, device: torch.device) -> Decoder:
-    model = models.build(models.config_json(config.checkpoint_dir)).to(DTYPES[config.dtype])  # on meta: no memory yet
+def build_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Decoder:
+    json = models.config_json(config.checkpoint_dir, encoders=True, separator=tokenizer.separator_id)
+    model = models.build(json).to(DTYPES[config.dtype])  # on meta: no memory yet
     if config.nf4:
         apply_nf4(model, config.nf4)
     if config.fp8:
@@ -194,33 +198,44 @@ def build_data(config: Config, tokenizer: Tokenizer) -> tuple[Samples | Stream, 
     return samples, held_out, summary
 
 
-def score_batch(config: Config, model: Decoder, batch: Batch) -> dict[str, Tensor]:
-    """What the metrics report of each judged pair, answer or step; ``loss`` is what is trained."""
+def score_batch(config: Config, model: Decoder, kind: str, batch: Batch) -> dict[str, Tensor]:
+    """What the metrics report of each judged sample or step; ``loss``, which takes ``kind``, is what is trained."""
     assert model.lm_head is not None
-    per_token = config.loss.takes("step_scores")
-    places = {"labels": batch.labels, "count": batch.num_supervised}
-    if not per_token:  # of rows that ranks share, each compares whole answers, and judges its own steps
-        places = {"labels": batch.answers["labels"], "count": batch.documents_of.numel(), "shards": batch.shards}
-    head = partial(scores_at, score=model.lm_head, **places)
-    scores = model(batch.tokens, batch.positions, documents=batch.documents, head=head)  # [n, k]
-    if per_token:
-        labels = batch.labels[batch.labels != IGNORE]
-        losses = config.loss.call(step_scores=scores, labels=labels)
-        return {"loss": losses, "accuracy": scores.argmax(1) == labels}
-    if config.loss.takes("targets"):
-        return {"loss": config.loss.call(scores=scores, targets=batch.targets), "score": scores}
-    chosen, rejected = scores.view(-1, 2).unbind(1)
-    margins = None if batch.targets is None else batch.targets[:, 0]
-    losses = config.loss.call(chosen_scores=chosen, rejected_scores=rejected, margins=margins)
-    return {"loss": losses, "accuracy": chosen > rejected, "margin": chosen - rejected, "score": scores}
+    if kind == "step_scores":
+        head = partial(scores_at, score=model.lm_head, labels=batch.labels, count=batch.num_supervised)
+    else:
+        pooling = model.config.pooling if isinstance(model, Encoder) else "last"
+        head = partial(document_scores, score=model.lm_head, pooling=pooling, **batch.places, shards=batch.shards)
+    scores = model(batch.tokens, batch.positions, documents=batch.documents, head=head)  # [samples, documents, k]
+    call, targets = config.loss.call, batch.targets
+    match kind:
+        case "step_scores":  # [steps, k]
+            labels = batch.labels[batch.labels != IGNORE]
+            return {"loss": call(step_scores=scores, labels=labels), "accuracy": scores.argmax(1) == labels}
+        case "chosen_scores":
+            chosen, rejected = scores[..., 0].unbind(1)
+            margins = None if targets is None else targets[:, 0]
+            losses = call(chosen_scores=chosen, rejected_scores=rejected, margins=margins)
+            return {"loss": losses, "accuracy": chosen > rejected, "margin": chosen - rejected, "score": scores}
+        case "candidate_scores":  # the right one first
+            better = (scores[:, 1:, 0] > scores[:, :1, 0]).sum(1)
+            losses = call(candidate_scores=scores[..., 0])
+            return {"loss": losses, "accuracy": better == 0, "mrr": 1 / (1 + better)}
+    scores = scores[:, 0]  # [samples, k]
+    found = {"loss": call(**{kind: scores}, targets=targets), "score": scores}
+    if kind == "class_scores":
+        found["accuracy"] = scores.argmax(1) == targets.argmax(1)
+    if kind == "yes_scores":
+        found["accuracy"] = (scores > 0) == (targets > 0.5)
+    return found
 
 
 @torch.no_grad()
-def evaluate_scores(config: Config, model: Decoder, loader: Loader, tally: Tally, world: World) -> Row:
+def evaluate_scores(config: Config, model: Decoder, kind: str, loader: Loader, tally: Tally, world: World) -> Row:
     """Means over all of ``loader``, of all ranks."""
     model.eval()
     for batch in one_epoch(loader, world.device):
-        tally.add(**score_batch(config, model, batch))
+        tally.add(**score_batch(config, model, kind, batch))
     model.train()
     return tally.row(prefix="eval_")
 
@@ -237,18 +252,23 @@ def train(config: Config, run: Run, world: World) -> None:
     tokenizer = tokenizers.load(config.checkpoint_dir, chat_format=config.chat_format)
     with main_first():  # the others find its tokens in the cache
         samples, held_out, summary = build_data(config, tokenizer)
-    per_token, pairs = config.loss.takes("step_scores"), config.loss.takes("chosen_scores")
-    wanted = "stepwise" if per_token else "pairs" if pairs else "scored"
+    kind = next((name for name in KINDS if config.loss.takes(name)), "scores")
+    wanted, reports, problem = KINDS[kind]
     check_judged(samples, wanted, why=config.loss.name)
-    if not per_token:
+    if not (per_token := kind == "step_scores"):
         samples, held_out = read_at_ends(samples), read_at_ends(held_out) if held_out else None
 
     base = state.base_fingerprint(config.checkpoint_dir)
     saved = checkpoint.latest(run.path, run.id, base=base)
     keep = saved.read("plan") if saved else None
-    names = ["wrong", "right"] if per_token else [f"score_{i}" for i in range(1 if pairs else samples.num_targets)]
-    model = build_model(config, world.device)
-    apply_score_head(model, names, per_token=per_token, pad_id=safe_pad_id(samples))
+    nodes = [node.args for node in (config.dataset, *config.datasets, config.dataset_eval) if node]
+    is_one = kind in ("chosen_scores", "candidate_scores")  # of a document, to compare it with others
+    names = label_names(nodes, num_scores=1 if is_one else samples.num_targets)
+    model = build_model(config, tokenizer, world.device)
+    about = {"per_token": per_token, "pad_id": safe_pad_id(samples), "problem": problem}
+    apply_score_head(model, ["wrong", "right"] if per_token else names, **about)
+    for data in (samples, held_out) if isinstance(model, Encoder) else ():
+        check_lengths(data, model.config.max_seq_len)
     shape = {"seq_len": world.tokens.share(config.seq_len), "packed": True, "device": world.device}
     found = plans(
         model,
@@ -265,13 +285,14 @@ def train(config: Config, run: Run, world: World) -> None:
     )
     load_base(config, model, world, whole=found[0].gathers_once)
     routing = Routing(model, config.routing, sum=world.sum)
-    init_score_head(model, config.seed)
+    init_score_head(model, config.seed, lacking=hub.lacking(model, config.checkpoint_dir))
     optimizer = config.optimizer.build(param_groups(model))
     state.check_savable(optimizer)
     plan = settle(model, found, lambda tokens, _, positions: model(tokens, positions).sum(), keep=keep, **shape)
     one_shape = config.compile or config.parallel.ep > 1
     how = {"batch_size": plan.rows, "seed": config.seed, "packed": config.packed, "one_shape": one_shape}
     how |= {"rank": world.data_rank, "num_ranks": world.data_size, "shards": world.tokens}
+    how |= {"padding_apart": not per_token}
     micro_steps = config.gradient_accumulation_steps * (config.batch_size // plan.rows)
     routing.begin(micro_steps=micro_steps)
     loader = Prefetch(open_loader(samples, **how), world.device, depth=2 * micro_steps)
@@ -296,12 +317,11 @@ def train(config: Config, run: Run, world: World) -> None:
     about = {"run_id": run.id, "output_dir": run.path, "config": redact_tree(plain(config))}
     trackers = Loggers(partial(node.build, **about) for node in config.metric_loggers if is_main())
     meter = Meter(world.device, flops_per_token=training_flops(model, seq_len=summary.tokens // summary.samples))
-    reports = ("loss", "accuracy") if per_token else ("loss", *(("accuracy", "margin") if pairs else ()), "score")
     tally, eval_tally = Tally(world, reports[1:]), Tally(world, reports)
     params = [p for p in model.parameters() if p.requires_grad]
     guard = Guard(config.guard)
     if eval_loader and step == 0:
-        metrics.write({"step": 0, **evaluate_scores(config, model, eval_loader, eval_tally, world)})
+        metrics.write({"step": 0, **evaluate_scores(config, model, kind, eval_loader, eval_tally, world)})
     if saved:
         guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
@@ -324,7 +344,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
             own_loss = torch.zeros((), device=world.device)
             for batch in window:
-                judged = score_batch(config, model, batch)
+                judged = score_batch(config, model, kind, batch)
                 micro_loss = judged["loss"].sum() / num_judged  # of the whole window: accumulation changes nothing
                 micro_loss.backward()
                 own_loss += micro_loss.detach()
@@ -351,7 +371,7 @@ def train(config: Config, run: Run, world: World) -> None:
                 row |= {"skipped_steps": guard.skipped} if guard.skipped else {}
                 with meter.paused():
                     if evaluates and eval_loader:
-                        row |= evaluate_scores(config, model, eval_loader, eval_tally, world)
+                        row |= evaluate_scores(config, model, kind, eval_loader, eval_tally, world)
                 metrics.write(row)
                 trackers.log(step, row)
                 progress.update(step, row)

@@ -65,14 +65,25 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
 
 def places(model: nn.Module, files: WeightFiles) -> dict[str, list[Piece]]:
     """Where in ``files`` each parameter lies, by our names. UserError for all that is missing, extra or misshapen."""
-    names, params = hub_format(model).names, base_parameters(model)
-    params = {name: p for name, p in params.items() if not (names.fresh and re.search(names.fresh, name))}
-    names = _layout(files, names)
+    names, params = _layout(files, hub_format(model).names), base_parameters(model)
+    absent = _lacking(files, params, names)
+    params = {name: p for name, p in params.items() if name not in absent}
     plan: dict[str, list[Piece]] = {}
     for piece in pieces(params, names):
         plan.setdefault(piece.name, []).append(piece)
     _check_names(files, plan, names)
     return plan
+
+
+def lacking(model: nn.Module, folder: Path) -> set[str]:
+    """Parameters of a new head that ``folder`` does not hold, or in another shape, so that loading leaves them out."""
+    files = open_weights(folder)
+    return _lacking(files, base_parameters(model), _layout(files, hub_format(model).names))
+
+
+def _lacking(files: WeightFiles, params: Mapping[str, Tensor], names: HubNames) -> set[str]:
+    found = {name: names.rename(name) for name in params if names.fresh and re.search(names.fresh, name)}
+    return {n for n, hub in found.items() if hub not in files or tuple(files.shape(hub)) != tuple(params[n].shape)}
 
 
 def _layout(files: WeightFiles, names: HubNames) -> HubNames:
@@ -139,7 +150,8 @@ def save(
     from_main(partial(_check_replaceable, folder))
     hub, params = hub_format(model), base_parameters(model)
     plan: dict[str, list[Piece]] = {}  # Hub name -> what it holds, in row order
-    for piece in pieces(params, hub.names):
+    names = replace(hub.names, renamed=hub.names.renamed | hub.names.headed) if hub.names.fresh else hub.names
+    for piece in pieces(params, names):
         plan.setdefault(piece.hub, []).append(piece)
     for parts in plan.values():
         parts.sort(key=lambda p: p.hub_rows.start if p.hub_rows else 0)

@@ -25,7 +25,8 @@ class HubNames:
     transposed: str | None = None  # regex on our names of stacked weights that the Hub holds as [e, in, out]
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out; {num_layers} stands for it
-    fresh: str | None = None  # regex on our names of parameters that a checkpoint does not hold yet: a new head
+    fresh: str | None = None  # regex on our names of parameters that a checkpoint need not hold yet: a new head
+    headed: dict[str, str] = field(default_factory=dict)  # regex on the Hub's name -> what a model with a new head has
     peft_swaps: bool = False  # PEFT takes the inputs of a ``transposed`` weight for its outputs
     also: dict[str, str] = field(
         default_factory=dict

@@ -5,8 +5,8 @@
 
 The base model learns the tasks of ``TASKS``. The LoRA demo teaches ``palindrome``, which none of them is, the demos of
 reinforcement learning ``backwards``, a task in words that the base rarely understands, the preference demo to answer
-tasks that it knows in capital letters, the embedding demo to find the answer of a task among others. Words of the test
-files never occur in the training files.
+tasks that it knows in capital letters, the embedding demo to find the answer of a task among others, the demos of
+classes and rerankers to tell what was done to a word. Words of the test files never occur in the training files.
 """
 
 import json
@@ -91,6 +91,12 @@ palindrome = _on_word('Make a palindrome from "{}".', lambda w: w + w[::-1], hig
 backwards = _on_word('Write "{}" backwards.', lambda w: w[::-1], high=6)  # without "the word", which the base knows
 
 
+FORMS = {  # what is done to a word, told by a class, or asked for in words and found among the others
+    "spelled": ('Spell the word "{}".', "-".join),
+    "doubled": ('Write each letter of "{}" twice.', lambda w: "".join(c + c for c in w)),
+    "capitals": ('Write the word "{}" in capital letters.', str.upper),
+    "backwards": ('Write the word "{}" backwards.', lambda w: w[::-1]),
+}
 PREFERRED = ("repeat", "reverse", "twice", "join")  # answered in letters, which can be capitals
 
 
@@ -138,6 +144,21 @@ def write_pairs(path: Path, rows: Iterator[Sample]) -> None:
     with open(path, "w", encoding="utf-8") as f:
         for question, answer in rows:
             f.write(json.dumps({"prompt": question, "chosen": answer.upper(), "rejected": answer}) + "\n")
+
+
+def write_forms(classes: Path, candidates: Path, count: int, *, seed: int, test: bool) -> None:
+    """A form of each word with its name, and the task that asks for it with the right answer and three others."""
+    r, names = random.Random(seed), list(FORMS)
+    with open(classes, "w", encoding="utf-8") as of_classes, open(candidates, "w", encoding="utf-8") as of_candidates:
+        for i in range(count):
+            while is_test(w := word(r, 3, 7)) != test:
+                pass
+            name = names[i % len(names)]
+            answers = {other: make(w) for other, (_, make) in FORMS.items()}
+            right, wrong = answers[name], [answers[other] for other in names if other != name]
+            of_classes.write(json.dumps({"text": right, "label": name}) + "\n")
+            row = {"query": FORMS[name][0].format(w), "positive": right, "negative": wrong}
+            of_candidates.write(json.dumps(row) + "\n")
 
 
 CHAT_TEMPLATE = (
@@ -244,4 +265,6 @@ if __name__ == "__main__":
         preferred = [TASKS[name] for name in PREFERRED]
         write_pairs(HERE / "capitals_train.jsonl", samples(preferred, 2000, seed=5, test=False))
         write_pairs(HERE / "capitals_test.jsonl", samples(preferred, 100, seed=6, test=True))
+        write_forms(HERE / "classes_train.jsonl", HERE / "candidates_train.jsonl", 800, seed=11, test=False)
+        write_forms(HERE / "classes_test.jsonl", HERE / "candidates_test.jsonl", 100, seed=12, test=True)
         write_base(HERE / "base")

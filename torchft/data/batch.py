@@ -42,10 +42,13 @@ class Batch:
     @property
     def answers(self) -> dict[str, Any]:
         """What losses/answers.py asks of a batch: of whole rows, its labels too."""
-        labels = self.labels if self.row_labels is None else self.row_labels
-        count = len(self.tokens) if self.documents is None else self.documents[0]
-        found = {"labels": labels, "positions": self.positions, "documents_of": self.documents_of}
-        return found | {"count": count}  # documents in all rows, padding that is one included
+        return {"labels": self.labels if self.row_labels is None else self.row_labels, **self.places}
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """What losses/contrastive.py asks of a batch: where the documents of whole rows are."""
+        count = len(self.tokens) if self.documents is None else self.documents[0]  # padding that is one included
+        return {"positions": self.positions, "documents_of": self.documents_of, "count": count}
 
     @property
     def is_good(self) -> Tensor | None:

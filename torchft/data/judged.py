@@ -47,7 +47,7 @@ def pair(row: Values, *, tokenizer: Tokenizer, margin_column: str | None) -> Enc
         one.train + other.train,
         has_control_text=one.has_control_text or other.has_control_text,
         border=len(one.tokens),
-        targets=() if margin_column is None else (_number(row, margin_column),),
+        targets=() if margin_column is None else (number(row, margin_column),),
     )
 
 
@@ -62,7 +62,7 @@ def rated(row: Values, *, tokenizer: Tokenizer) -> Encoded:
 def scored(row: Values, *, tokenizer: Tokenizer, columns: list[str]) -> Encoded:
     """An answer with its prompt; its targets are the numbers in ``columns``."""
     answer = answered(*split_answer(row, has_chat=tokenizer.has_chat), tokenizer=tokenizer)
-    return answer._replace(targets=tuple(_number(row, column) for column in columns))
+    return answer._replace(targets=tuple(number(row, column) for column in columns))
 
 
 def steps(row: Values, *, tokenizer: Tokenizer, end: list[int]) -> Encoded:
@@ -196,7 +196,7 @@ def _is_yes(value: Any, name: str) -> bool:
     return word in YES
 
 
-def _number(row: Values, column: str) -> float:
+def number(row: Values, column: str) -> float:
     if column not in row:
         raise RowError(missing([column], row))
     value = row[column]

@@ -45,6 +45,8 @@ class Loader:
         rank: of ``num_ranks``, which all make their loader alike.
         shards: which tokens of these rows are this process's, if several share them.
         shares_prompts: the answers of a pair share the row's compute of their prompt.
+        padding_apart: padding is a document of its own, so that a row's document ends where its tokens do; an encoder
+            would see the padding too.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Loader:
         num_ranks: int = 1,
         shards: TokenShards = WHOLE_ROWS,
         shares_prompts: bool = False,
+        padding_apart: bool = False,
     ) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.all_rows, self.shards = rank, batch_size * num_ranks, shards
         self.packed, self.shuffle, self.one_shape = packed, shuffle, one_shape
-        self.drop_last, self.shares_prompts = drop_last, shares_prompts
+        self.drop_last, self.shares_prompts, self.padding_apart = drop_last, shares_prompts, padding_apart
         shared = shared_of(samples) if shares_prompts else [0] * len(samples)
         self._lengths = [n - less for n, less in zip(samples.lengths(), shared)]  # tokens that each takes of a row
         self.epoch = 0  # of the next batch
@@ -176,7 +179,7 @@ class Loader:
                 self.batch_size if self.one_shape else max(1, len(rows)),
                 data.seq_len if whole else padded_length(longest, data.seq_len),
             ),
-            packed=self.packed,
+            packed=self.packed or self.padding_apart,
             num_documents=self._num_documents,
             pad_id=data.pad_id,
             targets=None if self._targets is None else self._targets[list(samples)],

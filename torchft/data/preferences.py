@@ -19,6 +19,14 @@ from torchft.data.stream import Stream
 from torchft.errors import UserError
 from torchft.tokenizers.tokenizer import Tokenizer
 
+JUDGED = {  # kinds of judged data -> what makes them
+    "pairs": "torchft.data.preferences.pairs",
+    "scored": "torchft.data.preferences.scored",
+    "stepwise": "torchft.data.preferences.stepwise",
+    "classes": "torchft.data.labelled.classes, with one label for each row",
+    "candidates": "torchft.data.labelled.candidates",
+}
+
 
 @builder(whole=True, too_long="drop")
 def auto(tokenizer: Tokenizer, example: Values) -> Encoder:
@@ -89,9 +97,17 @@ def check_kind(data: Samples | Stream, *, pairs: bool, why: str) -> None:
 
 
 def check_judged(data: Samples | Stream, builder: str, *, why: str) -> None:
-    """UserError unless ``data`` is as ``builder``, pairs, scored or stepwise, makes it, and ``why`` wants it."""
+    """UserError unless ``data`` is as ``builder`` of `JUDGED` makes it, and ``why`` wants it.
+
+    What is in classes needs one for each sample. Two candidates are a pair, and the other way round.
+    """
     samples = data.probe if isinstance(data, Stream) else data
     found = "pairs" if samples.are_pairs else "scored" if samples.num_targets else "stepwise"
-    if found != builder:
-        where = f"torchft.data.preferences.{builder}"
-        raise UserError(f"dataset: {why} needs data of another kind: {where}", is_shared=True)
+    found = "candidates" if samples.are_several else found
+    fits = builder == found or (found, builder) in (("scored", "classes"), ("pairs", "candidates"))
+    if fits and builder == "classes":
+        n = samples.num_targets
+        sums = [sum(samples.targets[i * n : (i + 1) * n]) for i in range(len(samples))]
+        fits = all(total == 1.0 for total in sums)
+    if not fits:
+        raise UserError(f"dataset: {why} needs data of another kind: {JUDGED[builder]}", is_shared=True)

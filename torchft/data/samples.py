@@ -162,6 +162,11 @@ class Samples:
         """Whether each sample is two documents that are compared: the chosen one, then the rejected one."""
         return bool(self.borders) and self.borders[0] > 0
 
+    @property
+    def are_several(self) -> bool:
+        """Whether each sample is several documents, of which two would be no pair."""
+        return bool(self.borders) and self.borders[0] == ENDS
+
     def documents(self, index: int) -> list[slice]:
         """The places in ``tokens`` of sample ``index``'s documents."""
         start, border, stop = self.starts[index], self.borders[index], self.starts[index + 1]

@@ -78,6 +78,10 @@ def encode(
     return Encoded(tokens, [label != IGNORE for label in labels], control, border=ENDS, labels=labels)
 
 
-def longest_text(samples: Samples) -> int:
-    """Tokens of the longest document."""
-    return max(place.stop - place.start for i in range(len(samples)) for place in samples.documents(i))
+def check_lengths(samples: Samples | None, num_positions: int) -> None:
+    """UserError for a document with more tokens than ``num_positions``."""
+    if samples is None:
+        return
+    longest = max(place.stop - place.start for i in range(len(samples)) for place in samples.documents(i))
+    if longest > num_positions:
+        raise UserError(f"dataset.text_len: a text has {longest} tokens, but the model has {num_positions} positions")

@@ -151,10 +151,11 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
     return model
 
 
-def config_json(folder: Path, *, encoders: bool = False) -> dict[str, Any]:
+def config_json(folder: Path, *, encoders: bool = False, separator: int | None = None) -> dict[str, Any]:
     """A checkpoint folder's config.json. UserError when it is missing, of quantised weights or no model of ours.
 
-    ``encoders``: whether one may be there, which writes no text.
+    ``encoders``: whether one may be there, which writes no text. ``separator``: the token that ends the first of two
+    texts, of which an encoder's config.json says nothing.
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint_dir {folder} is not a folder; `tune download ORG/MODEL` makes one")
@@ -165,10 +166,12 @@ def config_json(folder: Path, *, encoders: bool = False) -> dict[str, Any]:
         _read(json)
     except UserError as e:
         raise UserError(*(f"{folder}/{problem}" for problem in e.problems)) from None  # each begins with "config.json"
+    if separator is not None and architecture(json) in ENCODERS.values():
+        json["sep_token_id"] = separator
     if not encoders and architecture(json) in ENCODERS.values():
         raise UserError(
             f"{folder}/config.json: {json['architectures'][0]} is an encoder, which writes no text; "
-            "embedding_finetune trains it"
+            "embedding_finetune and reward_modeling train it"
         )
     return json
 

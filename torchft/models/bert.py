@@ -1,11 +1,14 @@
 """BERT: an encoder with the first transformer's block, absolute positions and token types; many sentence encoders.
 
-Without dropout, which the released files ask for: as the other families, it is trained without. The pooler and the
-heads of pretraining are left out. Paper: https://arxiv.org/abs/1810.04805. Weights: https://huggingface.co/google-bert
+Without dropout, which the released files ask for: as the other families, it is trained without. Heads of pretraining
+are left out; the pooler is the first half of a head that gives scores. Paper: https://arxiv.org/abs/1810.04805.
+Weights: https://huggingface.co/google-bert
 """
 
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -13,7 +16,7 @@ from torchft.hub_names import HubNames
 from torchft.models.config_json import field, one_of, sizes
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block
-from torchft.modules.encoder import Encoder, EncoderConfig, PostNormBlock
+from torchft.modules.encoder import ClassHead, Encoder, EncoderConfig, PostNormBlock
 from torchft.modules.masks import Sight
 from torchft.modules.mlp import MLP
 
@@ -43,6 +46,7 @@ CONFIGS = {
     "bert-large-cased":        size( 28_996, 1024, 24, 16, 4096),
     "all-MiniLM-L6-v2":        size( 30_522,  384,  6, 12, 1536),
     "all-MiniLM-L12-v2":       size( 30_522,  384, 12, 12, 1536),
+    "ms-marco-MiniLM-L6-v2":   size( 30_522,  384,  6, 12, 1536),
     "multilingual-e5-small":   size(250_037,  384, 12, 12, 1536),
     "bge-small-en-v1.5":       size( 30_522,  384, 12, 12, 1536),
     "bge-base-en-v1.5":        size( 30_522,  768, 12, 12, 3072),
@@ -50,8 +54,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def names(prefix: str) -> HubNames:
-    """``prefix``: what stands before the names of a model that has a head."""
+def names(prefix: str, *, dense: str, out: str) -> HubNames:
+    """``prefix``: what stands before the names of a model that has a head, which is ``dense`` and ``out``."""
+    headed = {r"^(?!classifier\.)": prefix}
     return HubNames(
         renamed={
             r"^embed_tokens\.": "embeddings.word_embeddings.",
@@ -67,13 +72,16 @@ def names(prefix: str) -> HubNames:
             r"\.mlp\.up_proj": ".intermediate.dense",
             r"\.mlp\.down_proj": ".output.dense",
             r"\.mlp_post_norm": ".output.LayerNorm",
+            r"^lm_head\.dense\.": dense,
+            r"^lm_head\.": out,
         },
-        also={r"^": prefix, r"LayerNorm\.weight$": "LayerNorm.gamma", r"LayerNorm\.bias$": "LayerNorm.beta"},
+        headed=headed,
+        also={**headed, r"LayerNorm\.weight$": "LayerNorm.gamma", r"LayerNorm\.bias$": "LayerNorm.beta"},
         ignored=r"(^|\.)pooler\.|^cls\.|^lm_head\.|^classifier\.|\.position_ids$",
     )
 
 
-HUB = names("bert.")
+HUB = names("bert.", dense="pooler.dense.", out="classifier.")
 
 
 def block(c: EncoderConfig, i: int) -> Block:
@@ -90,7 +98,8 @@ def block(c: EncoderConfig, i: int) -> Block:
 
 
 def build(c: EncoderConfig) -> Encoder:
-    return Encoder(c, block, norm=nn.Identity(), embed_norm=nn.LayerNorm(c.dim, c.norm_eps))
+    head = partial(ClassHead, c.dim, act=torch.tanh)
+    return Encoder(c, block, norm=nn.Identity(), embed_norm=nn.LayerNorm(c.dim, c.norm_eps), head=head)
 
 
 def from_hub(json: dict[str, Any], *, first_position: int = 0, eps: float = 1e-12) -> EncoderConfig:
@@ -108,6 +117,7 @@ def from_hub(json: dict[str, Any], *, first_position: int = 0, eps: float = 1e-1
         num_positions=num_positions,
         first_position=first_position,
         num_types=field(json, "type_vocab_size", int, default=2),
+        separator=json.get("sep_token_id"),
     )
 
 

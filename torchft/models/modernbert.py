@@ -16,7 +16,7 @@ from torchft.models.config_json import field, one_of, sizes
 from torchft.models.config_rope import ropes_from_hub
 from torchft.modules.attention import Attention
 from torchft.modules.decoder import Block
-from torchft.modules.encoder import Encoder, EncoderConfig
+from torchft.modules.encoder import ClassHead, Encoder, EncoderConfig
 from torchft.modules.masks import Sight
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.rope import Rope
@@ -28,6 +28,7 @@ class ModernBertConfig(EncoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     norm_bias: bool = False
+    classifier_bias: bool = False  # of a head's first weight
 
 
 def _size(dim: int, num_layers: int, num_heads: int, hidden_dim: int) -> ModernBertConfig:
@@ -52,14 +53,17 @@ HUB = HubNames(
         r"\.self_attn\.": ".attn.",
         r"\.attn\.o_proj\.": ".attn.Wo.",
         r"\.mlp\.down_proj\.": ".mlp.Wo.",
+        r"^lm_head\.(dense|norm)\.": r"head.\1.",
+        r"^lm_head\.": "classifier.",
     },
     fused={"Wqkv": ("q_proj", "k_proj", "v_proj"), "Wi": ("gate_proj", "up_proj")},
-    also={r"^": "model."},
+    headed=(headed := {r"^(?!(head|classifier)\.)": "model."}),
+    also=headed,
     ignored=r"^(head|decoder|classifier)\.",
 )
 
 WITHOUT_EFFECT = (  # of heads and of how it was trained
-    "classifier_activation", "classifier_bias", "classifier_pooling", "cls_token_id", "decoder_bias",
+    "cls_token_id", "decoder_bias",
     "deterministic_flash_attn", "initializer_cutoff_factor", "layer_norm_eps", "reference_compile",
     "repad_logits_with_grad", "sparse_pred_ignore_index", "sparse_prediction", "gradient_checkpointing",
     "tie_word_embeddings",
@@ -80,7 +84,10 @@ def block(c: EncoderConfig, i: int) -> Block:
 
 
 def build(c: ModernBertConfig) -> Encoder:
-    return Encoder(c, block, norm=_norm(c), embed_norm=_norm(c))
+    def head(num_scores: int) -> ClassHead:
+        return ClassHead(c.dim, num_scores, act=F.gelu, bias=c.classifier_bias, norm=_norm(c))
+
+    return Encoder(c, block, norm=_norm(c), embed_norm=_norm(c), head=head)
 
 
 def _norm(c: ModernBertConfig) -> nn.LayerNorm:
@@ -98,12 +105,14 @@ def from_hub(json: dict[str, Any]) -> ModernBertConfig:
         for key, base in (("global_rope_theta", 160_000.0), ("local_rope_theta", 10_000.0))
     )
     full, local = ropes_from_hub(json, full=full, sliding=local)
-    biases = ("attention_bias", "mlp_bias", "norm_bias")
+    one_of(json, "classifier_activation", "gelu", default="gelu")
+    biases = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
     return ModernBertConfig(
         **sizes(json, eps=1e-5, eps_key="norm_eps", context=8192) | {"tie_embeddings": True},
         rope=full,
         local_rope=local,
         windows=_windows(json),
+        pooling=one_of(json, "classifier_pooling", "cls", "mean", default="cls"),
         **{key: field(json, key, bool, default=False) for key in biases},
     )
 
@@ -140,6 +149,8 @@ def to_hub(c: ModernBertConfig) -> dict[str, Any]:
         "attention_bias": c.attention_bias,
         "mlp_bias": c.mlp_bias,
         "norm_bias": c.norm_bias,
+        "classifier_bias": c.classifier_bias,
+        "classifier_pooling": c.pooling,
         "local_attention": 2 * window,
         "layer_types": ["sliding_attention" if w else "full_attention" for w in c.windows],
         "global_rope_theta": c.rope.base,

@@ -19,9 +19,10 @@ TEXT_MODELS = {
 DEFAULTS = {"gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}}
 
 
-WITH_HEADS = {  # encoders with a head of their pretraining, which is left out -> the encoder alone
-    "BertForMaskedLM": "BertModel", "BertForPreTraining": "BertModel", "ModernBertForMaskedLM": "ModernBertModel",
-    "XLMRobertaForMaskedLM": "XLMRobertaModel",
+WITH_HEADS = {  # encoders with a head, of which only one for scores may be kept -> the encoder alone
+    "BertForMaskedLM": "BertModel", "BertForPreTraining": "BertModel", "BertForSequenceClassification": "BertModel",
+    "ModernBertForMaskedLM": "ModernBertModel", "ModernBertForSequenceClassification": "ModernBertModel",
+    "XLMRobertaForMaskedLM": "XLMRobertaModel", "XLMRobertaForSequenceClassification": "XLMRobertaModel",
 }  # fmt: skip
 
 

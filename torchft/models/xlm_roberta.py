@@ -3,6 +3,7 @@
 Paper: https://arxiv.org/abs/1911.02116. Weights: https://huggingface.co/FacebookAI
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torchft.models import bert
@@ -26,9 +27,10 @@ CONFIGS = {
     "multilingual-e5-base":  _size( 768, 12, 12, 3072),
     "multilingual-e5-large": _size(1024, 24, 16, 4096),
     "bge-m3":                _size(1024, 24, 16, 4096, num_positions=8194),
+    "bge-reranker-v2-m3":    _size(1024, 24, 16, 4096, num_positions=8194),
 }  # fmt: skip
 
-HUB = bert.names("roberta.")
+HUB = bert.names("roberta.", dense="classifier.dense.", out="classifier.out_proj.")
 
 block = bert.block
 build = bert.build
@@ -36,7 +38,8 @@ build = bert.build
 
 def from_hub(json: dict[str, Any]) -> EncoderConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what XLM-R does not have."""
-    return bert.from_hub(json, first_position=1 + field(json, "pad_token_id", int, default=1))
+    found = bert.from_hub(json, first_position=1 + field(json, "pad_token_id", int, default=1))
+    return replace(found, separator=None)  # its second texts are of the same type
 
 
 def to_hub(c: EncoderConfig) -> dict[str, Any]:

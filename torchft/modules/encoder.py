@@ -1,8 +1,9 @@
 """The encoder that BERT's descendants build on: a decoder whose tokens see all of their document, without an output
-weight, so that what it gives are hidden states."""
+weight, so that what it gives are hidden states, or the scores of a head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ class EncoderConfig(DecoderConfig):
     tie_embeddings: bool = True
     num_positions: int = 0  # rows of the table of absolute positions; 0: there is none
     first_position: int = 0  # row of a document's first token
-    num_types: int = 0  # rows of the table of token types, of which only the first is used; 0: there is none
+    num_types: int = 0  # rows of the table of token types; 0: there is none
+    separator: int | None = None  # the token behind which a document's second text begins, which is of type 1
+    pooling: Literal["cls", "mean"] = "cls"  # which hidden states of a document a head reads
 
 
 class PostNormBlock(Block):
@@ -39,6 +42,27 @@ class PostNormBlock(Block):
         return self.mlp_post_norm(x + self.mlp(x))
 
 
+class ClassHead(nn.Linear):
+    """[..., d] in any dtype -> scores [..., k] fp32: a linear layer of norm(act(dense(x)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_scores: int,
+        *,
+        act: Callable[[Tensor], Tensor],
+        bias: bool = True,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__(dim, num_scores)
+        self.dense = nn.Linear(dim, dim, bias=bias)
+        self.act = act
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(self.act(self.dense(x.float()))))
+
+
 class Encoder(Decoder):
     """tokens [b, s] -> hidden states [b, s, d].
 
@@ -53,9 +77,12 @@ class Encoder(Decoder):
         *,
         norm: nn.Module,
         embed_norm: nn.Module,
+        head: Callable[[int], ClassHead],
     ) -> None:
+        """``head``: makes one of so many scores, which adapters/score.py puts in."""
         super().__init__(config, block, norm)  # type: ignore[arg-type]  # it calls block with this very config
-        self.first_position = config.first_position
+        self.first_position, self.separator = config.first_position, config.separator
+        self.make_head = head
         self.embed_positions = nn.Embedding(config.num_positions, config.dim) if config.num_positions else None
         self.embed_types = nn.Embedding(config.num_types, config.dim) if config.num_types else None
         self.embed_norm = embed_norm
@@ -67,8 +94,21 @@ class Encoder(Decoder):
                 positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             x = x + self.embed_positions(positions + self.first_position)
         if self.embed_types is not None:
-            x = x + self.embed_types.weight[0]
+            x = x + self._types(tokens, positions)
         return self.embed_norm(x)
+
+    def _types(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """Of each token, the row of the table of types: [d] or [b, s, d]."""
+        assert self.embed_types is not None
+        if self.separator is None:
+            return self.embed_types.weight[0]
+        ends = (tokens == self.separator).long()
+        before = ends.cumsum(1) - ends  # separators in the row before each token
+        if positions is not None:  # less those before its document
+            starts = torch.arange(tokens.shape[1], device=tokens.device) - positions
+            before = before - before.gather(1, starts)
+        types: Tensor = self.embed_types(before.clamp(max=1))
+        return types
 
     def project(self, x: Tensor) -> Tensor:
         """The hidden states as they are, or what a head in place of the output weight makes of them."""

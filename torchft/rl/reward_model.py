@@ -64,7 +64,7 @@ def load_score_model(folder: Path, *, dtype: torch.dtype, device: str) -> Decode
             )
     model = models.build(base).to(dtype)
     apply_score_head(model, ["reward"], per_token=False, pad_id=None)
-    names = replace(model.hub_format.names, fresh=None)  # here the score is among what is loaded
+    names = replace(model.hub_format.names, fresh=None)  # here the score must be among what is loaded
     model.hub_format = replace(model.hub_format, names=names)
     model.to_empty(device=pick_device(device))
     hub.load_weights(model, folder)

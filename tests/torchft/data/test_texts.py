@@ -7,7 +7,7 @@ from vocabularies import byte_level, write
 
 from torchft import tokenizers
 from torchft.data.loader import Loader
-from torchft.data.texts import longest_text, texts
+from torchft.data.texts import check_lengths, texts
 from torchft.errors import UserError
 from torchft.tokenizers import bpe
 
@@ -48,7 +48,10 @@ def test_documents_are_the_texts(tmp_path, tokenizer):
     if end is None:
         around = [around[0], ""]
     assert decoded(samples, tokenizer) == [[f"{around[0]}{t}{around[1]}" for t in row] for row in want]
-    assert longest_text(samples) == max(len(samples.tokens[p]) for i in range(2) for p in samples.documents(i))
+    longest = max(len(samples.tokens[p]) for i in range(2) for p in samples.documents(i))
+    check_lengths(samples, longest)
+    with pytest.raises(UserError, match=f"a text has {longest} tokens, but the model has {longest - 1} positions"):
+        check_lengths(samples, longest - 1)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -133,7 +133,7 @@ def test_heads_of_pretraining_are_left_out(kind, tmp_path):
 
 
 def test_recipes_that_write_text_refuse_an_encoder(pair):
-    with pytest.raises(UserError, match="is an encoder, which writes no text; embedding_finetune trains it"):
+    with pytest.raises(UserError, match="is an encoder, which writes no text; embedding_finetune and reward"):
         models.config_json(pair[0])
 
 
@@ -151,6 +151,7 @@ PARAMETERS = {
     "bert/bert-large-cased": 333_579_264 - 1_049_600,
     "bert/all-MiniLM-L6-v2": 22_713_216 - 147_840,
     "bert/all-MiniLM-L12-v2": 33_360_000 - 147_840,
+    "bert/ms-marco-MiniLM-L6-v2": 22_713_601 - 147_840 - 385,
     "bert/multilingual-e5-small": 117_653_760 - 147_840,
     "bert/bge-small-en-v1.5": 33_360_000 - 147_840,
     "bert/bge-base-en-v1.5": 109_482_240 - 590_592,
@@ -160,6 +161,7 @@ PARAMETERS = {
     "xlm_roberta/multilingual-e5-base": 278_043_648 - 590_592,
     "xlm_roberta/multilingual-e5-large": 559_890_432 - 1_049_600,
     "xlm_roberta/bge-m3": 567_754_752 - 1_049_600,
+    "xlm_roberta/bge-reranker-v2-m3": 567_755_777 - 1_049_600 - 1_025,
     "modernbert/ModernBERT-base": 149_655_232 - 640_960,
     "modernbert/ModernBERT-large": 395_881_664 - 1_099_968,
 }
