@@ -55,7 +55,7 @@ def prepared(base, run, format, *, adapted, dtype, device):
     model = models.load(base, dtype=dtype, device=device)
     if adapted:
         apply_lora(model, LoRAConfig(rank=4, alpha=24.0))
-    apply_qat(model, QATConfig(format=format), device=device, dtype=dtype)
+    apply_qat(model, QATConfig(format=format, group_size=16), device=device, dtype=dtype)
     state.load_parameters(TensorFolder(newest_step(run) / "model"), state.trainable(model))
     return model.eval()
 
@@ -69,7 +69,7 @@ def distance(logits, want):
 def test_the_quantised_checkpoint_is_the_trained_model(qat, base, tmp_path, no_picture, format, dtype, device, adapted):
     """Bit for bit in our reading of it; transformers computes in the few bits themselves, sums in another order."""
     options = [f"qat.format={format}", f"dtype={dtype}", f"device={device}", *([LORA] if adapted else [])]
-    folder = qat(tmp_path / "run", *options, "max_steps=2") / "export" / "quantised"
+    folder = qat(tmp_path / "run", *options, "max_steps=2", "qat.group_size=16") / "export" / "quantised"
     how = {"dtype": DTYPES[dtype], "device": torch.device(device)}
     model = prepared(base, tmp_path / "run", format, adapted=adapted, **how)
     converted, _ = loaded.load(folder, **how)
