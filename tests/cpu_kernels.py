@@ -17,11 +17,11 @@ def spans(q, cu_seqlens):
     return [(0, a, b) for a, b in pairwise(ends) if b > a]
 
 
-def weights(q, k, scale, left):
+def weights(q, k, scale, left, right):
     """Scores [h, s, s] of one sequence, -inf where not seen, and k for every head."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     away = torch.arange(len(q))[:, None] - torch.arange(len(q))
-    seen = (away >= 0) & ((away <= left) | (left < 0))
+    seen = ((away >= -right) | (right < 0)) & ((away <= left) | (left < 0))
     return (torch.einsum("qhc,khc->hqk", q, k) * scale).masked_fill(~seen, float("-inf")), k
 
 
@@ -31,14 +31,14 @@ def flash_forward(
 ):  # fmt: skip
     if seqused_k is not None:
         return flash_decode(q, k, v, cu_q, cu_k, seqused_k, scale, window_size_left)
-    assert is_causal and window_size_right == 0 and dropout == 0
+    assert is_causal == (window_size_right == 0) and dropout == 0
     rows = [x if cu_q is None else x[None] for x in (q, k, v)]
     assert cu_q is None or all(b - a <= max_q for _, a, b in spans(q, cu_q)), "a sequence longer than max_q"
     out = torch.full_like(rows[0], float("nan"))
     lse = torch.full((out.shape[0], out.shape[2], out.shape[1]), float("nan"))
     for r, a, b in spans(q, cu_q):
         q1, k1, v1 = (x[r, a:b].double() for x in rows)
-        scores, _ = weights(q1, k1, scale, window_size_left)
+        scores, _ = weights(q1, k1, scale, window_size_left, window_size_right)
         v1 = v1.repeat_interleave(q1.shape[1] // v1.shape[1], 1)
         out[r, a:b] = torch.einsum("hqk,khc->qhc", scores.softmax(-1), v1).to(out.dtype)
         lse[r, :, a:b] = scores.logsumexp(-1).float()
@@ -69,7 +69,7 @@ def flash_backward(
     for r, a, b in spans(q, cu_q):
         q1, k1, v1, o1, g1 = (x[r, a:b].double() for x in rows)
         groups = q1.shape[1] // k1.shape[1]
-        scores, k_all = weights(q1, k1, scale, window_size_left)
+        scores, k_all = weights(q1, k1, scale, window_size_left, window_size_right)
         v_all = v1.repeat_interleave(groups, 1)
         p = (scores - lead(lse)[r, :, a:b].double()[..., None]).exp()  # [h, q, k]
         delta = (g1 * o1).sum(-1).T[..., None]

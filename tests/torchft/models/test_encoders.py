@@ -3,6 +3,7 @@ rows, the Hub's files both ways; and every size against what its repository publ
 
 import json
 
+import cpu_kernels
 import pytest
 import torch
 import transformers
@@ -13,6 +14,8 @@ from tiny import SIZES, edit_config, random_, tokens
 from torchft import hub, models
 from torchft.errors import UserError
 from torchft.files import read_json
+from torchft.modules import masks
+from torchft.modules.masks import Sight
 
 LENGTHS = (61, 33)  # tokens of the two documents
 COMMON = {k: v for k, v in SIZES.items() if k not in ("rms_norm_eps", "num_key_value_heads", "eos_token_id")}
@@ -96,6 +99,53 @@ def test_packed_rows(pair, tmp_path):
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     want = theirs(batch, attention_mask=is_real.long()).last_hidden_state[is_real]
     assert violations(with_gradients(ours, theirs, ours(row, positions)[0], want, tmp_path / "g")) == {}
+
+
+@pytest.mark.gpu
+def test_packed_rows_on_gpu(pair, monkeypatch):
+    """FlashAttention's kernel in bf16, of packed documents, to both sides and in windows: as near to fp32 as plain bf16
+    attention is, hidden states and gradients."""
+    check_flash(pair[1], "cuda", monkeypatch)
+
+
+def test_packed_rows_through_the_kernels_of_a_gpu(pair, monkeypatch):
+    """The same on a CPU, where the kernels are formulas: that what they are asked for is right."""
+    monkeypatch.setattr(masks, "_kernel", lambda x, *_: "flash" if x.dtype == torch.bfloat16 else "dense")
+    with cpu_kernels.installed():
+        check_flash(pair[1], "cpu", monkeypatch)
+
+
+def check_flash(ours, device, monkeypatch):
+    lengths = (61, 1, 33, 128, 5)
+    batch = tokens(1, sum(lengths), seed=5).clamp_min(3).to(device)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    weights = torch.randn(1, sum(lengths), 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def run(model):
+        hidden = model(batch, positions)
+        grads = gradients(model, (hidden.float() * weights).sum())
+        grads = {n: g for n, g in grads.items() if not n.endswith("k_proj.bias")}  # with BERT's positions they are 0
+        return [hidden.detach().float().flatten(), *(g.float().flatten() for g in grads.values())]
+
+    def error(found):
+        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
+
+    exact = run(ours.to(device))
+    model = ours.bfloat16()
+    seen = masks.visible(model.embed_tokens(batch), 16, Sight(window=13, causal=False), positions)
+    assert (seen.kernel, seen.causal, seen.window) == ("flash", False, 13)
+    flash = error(run(model))
+    monkeypatch.setattr(masks, "_kernel", lambda *_: "dense")
+    dense = error(run(model))
+    assert flash[0] <= 1.5 * dense[0] + 1e-3 and flash.mean() <= 1.5 * dense.mean() + 1e-3
+    assert flash.max() <= 2 * dense.max() + 1e-3
+    assert error(run_without_borders(model, batch, run))[0] > 10 * flash[0]
+
+
+def run_without_borders(model, batch, run):
+    """As if the row were one document: the bars see it."""
+    hidden = model(batch)
+    return [hidden.detach().float().flatten(), *run(model)[1:]]
 
 
 def test_hub_round_trip_is_bit_exact(pair, tmp_path):
