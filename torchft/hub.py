@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchft.dequantise import open_weights
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
-from torchft.hub_names import HubNames, Piece, hub_shapes, pieces
+from torchft.hub_check import check_names
+from torchft.hub_names import HubNames, Piece, pieces
 from torchft.ranks import Region, from_main, is_main, local, region, whole
 from torchft.staging import Staging
 from torchft.weights import SHARD_BYTES, WeightFiles, write_shards
@@ -71,7 +72,7 @@ def places(model: nn.Module, files: WeightFiles) -> dict[str, list[Piece]]:
     plan: dict[str, list[Piece]] = {}
     for piece in pieces(params, names):
         plan.setdefault(piece.name, []).append(piece)
-    _check_names(files, plan, names)
+    check_names(files, plan, names)
     return plan
 
 
@@ -221,42 +222,3 @@ def hub_format(model: nn.Module) -> HubFormat:
     hub = model.hub_format
     assert isinstance(hub, HubFormat), "models.build and models.load set hub_format"
     return hub
-
-
-def _check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubNames) -> None:
-    """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
-    want = hub_shapes(piece for parts in plan.values() for piece in parts)
-    layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
-    ignored = names.ignored.replace("{num_layers}", str(max(layers, default=-1) + 1))
-    have = {n for n in files.names() if n in want or not re.search(ignored, n)}
-    problems = []
-    if "lm_head.weight" in have - set(want):
-        problems += _tied_head(files, "lm_head.weight", want)
-        have.remove("lm_head.weight")
-    if missing := sorted(set(want) - have):
-        problems.append(f"lacks {len(missing)} of {len(want)} tensors: {_some(missing)}")
-    if extra := sorted(have - set(want)):
-        problems.append(f"holds {len(extra)} tensors that the model has no place for: {_some(extra)}")
-    for name in sorted(set(want) & have):
-        if (got := files.shape(name)) != tuple(want[name]):
-            problems.append(f"{name} has shape {list(got)}, but config.json asks for {want[name]}")
-        elif (dtype := files.dtype(name)) not in ("F64", "F32", "F16", "BF16"):
-            problems.append(f"{name} is stored as {dtype}, which cannot be trained: take the original checkpoint")
-    if problems:
-        shown = [f"{files.folder}: {p}" for p in problems[:10]]
-        if len(problems) > 10:
-            shown.append(f"... and {len(problems) - 10} more such tensors")
-        shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
-        raise UserError(*shown)
-
-
-def _tied_head(files: WeightFiles, head: str, want: Mapping[str, Any]) -> list[str]:
-    """A tied model's checkpoint may repeat the embedding as lm_head, but not hold another one."""
-    embedding = next((n for n in want if n.endswith("embed_tokens.weight")), "")
-    if embedding in files and torch.equal(files.read(head), files.read(embedding)):
-        return []
-    return [f"config.json ties the embeddings, but {head} differs from {embedding}: set tie_word_embeddings to false"]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names) - 10} more)" if len(names) > 10 else "")

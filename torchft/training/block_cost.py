@@ -209,3 +209,11 @@ def _version() -> str:
     """Of the code that the measurement looks at: torch's, and the text of this package."""
     files = sorted(Path(__file__).parent.parent.rglob("*.py"))
     return f"{torch.__version__} {hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()}"
+
+
+def draws_random_numbers(layer: nn.Module) -> bool:
+    """By the convention that a module which drops values says so in an attribute ``dropout`` or is an nn.Dropout."""
+    return any(
+        bool(vars(module).get("dropout")) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        for module in layer.modules()
+    )

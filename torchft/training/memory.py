@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchft.losses.likelihood import CHUNK
@@ -101,3 +102,11 @@ def stored_bytes(tensor: Tensor) -> int:
 
 def _trained_bytes(parameters: Sequence[Tensor]) -> int:
     return sum(p.nbytes for p in parameters if p.requires_grad)
+
+
+def available_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes for this model on ``device``: what is free, and what the model has already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    own = sum(stored_bytes(t) for t in model.parameters() if t.device == device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached + own

@@ -14,17 +14,16 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchft.errors import UserError
 from torchft.modules.decoder import Decoder
 from torchft.modules.sharded import gather_once
 from torchft.ranks import gather, num_ranks
-from torchft.training.block_cost import EAGER, BlockCost, block_costs
+from torchft.training.block_cost import EAGER, BlockCost, block_costs, draws_random_numbers
 from torchft.training.compile import compile_blocks
 from torchft.training.graphs import Replay
-from torchft.training.memory import GIB, Estimate, Gradients, estimate_step, stored_bytes
+from torchft.training.memory import GIB, Estimate, Gradients, available_bytes, estimate_step, stored_bytes
 from torchft.training.offload import Offload
 
 CHEAP = 0.8  # budget that recomputes nothing but norms and activation functions; on an H200 0.1 of 28.8 ms for 5 GB
@@ -116,7 +115,7 @@ def plans(
     Raises:
         UserError: auto finds nothing that fits.
     """
-    dice = any(_draws_random_numbers(layer) for layer in model.layers)
+    dice = any(draws_random_numbers(layer) for layer in model.layers)
     # The compiler's partitioner, below CHEAP, draws a block's random numbers anew in backward: wrong gradients, and no
     # error (torch 2.11 and 2.13). torch.utils.checkpoint restores the generator.
     budgets = compiled and not dice
@@ -240,22 +239,6 @@ def _mixed(cost: BlockCost, share: float, input_bytes: int) -> BlockCost:
     again = round(share * cost.forward_flops)
     saved = round((1 - share) * cost.saved + share * input_bytes)
     return replace(cost, saved=saved, backward_flops=cost.backward_flops + again)
-
-
-def _draws_random_numbers(layer: nn.Module) -> bool:
-    """By the convention that a module which drops values says so in an attribute ``dropout`` or is an nn.Dropout."""
-    return any(
-        bool(vars(module).get("dropout")) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-        for module in layer.modules()
-    )
-
-
-def available_bytes(model: nn.Module, device: torch.device) -> int:
-    """Bytes for this model on ``device``: what is free, and what the model has already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    own = sum(stored_bytes(t) for t in model.parameters() if t.device == device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + cached + own
 
 
 def does_not_fit(plan: Plan, available: int) -> str:

@@ -19,8 +19,8 @@ from torchft.modules.decoder import Decoder
 from torchft.ranks import num_ranks
 from torchft.training.block_cost import case
 from torchft.training.graphs import held_bytes
-from torchft.training.memory import GIB
-from torchft.training.recompute import FITS, Plan, apply_plan, available_bytes, does_not_fit
+from torchft.training.memory import GIB, available_bytes
+from torchft.training.recompute import FITS, Plan, apply_plan, does_not_fit
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from torchft.training.block_cost import block_costs
 from torchft.training.compile import compile_blocks
 from torchft.training.distributed import ParallelConfig
 from torchft.training.graphs import Replay
-from torchft.training.memory import GIB
+from torchft.training.memory import GIB, available_bytes
 from torchft.training.offload import Offload
-from torchft.training.recompute import CHEAP, apply_plan, available_bytes, choose, plans
+from torchft.training.recompute import CHEAP, apply_plan, choose, plans
 
 CPU = torch.device("cpu")
 NOISE = 1e-5  # relative; fp32 sums in another order, as DESIGN allows
