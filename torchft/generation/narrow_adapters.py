@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchft.adapters.lora import LoRALinear
+from torchft.adapters.lora import lora_layers
 from torchft.modules.decoder import Decoder
 from torchft.ranks import local
 
@@ -18,8 +18,7 @@ class NarrowAdapters:
 
     def __init__(self, model: Decoder) -> None:
         self._dtype = model.embed_tokens.weight.dtype
-        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-        self._layers = [layer for layer in layers if layer.lora_magnitude is None]
+        self._layers = [layer for layer in lora_layers(model).values() if layer.lora_magnitude is None]
         self._copies: list[Tensor] = []
 
     @contextmanager

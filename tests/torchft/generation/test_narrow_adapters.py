@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from families.experts import QWEN3_MOE
 from tiny import decoder, tokens
 
 from torchft.adapters.fused import fuse_lora
-from torchft.adapters.lora import LoRAConfig, LoRALinear, apply_lora, init_adapters
+from torchft.adapters.lora import LoRAConfig, LoRALinear, apply_lora, init_adapters, lora_layers
 from torchft.generation import engine as engine_file
 from torchft.generation.engine import Engine
 from torchft.generation.requests import Request
@@ -14,14 +15,13 @@ from torchft.generation.sampling import Sampling
 PROMPTS = [tokens(1, n, seed=n, vocab_size=97)[0].tolist() for n in (5, 33, 17)]
 
 
-def adapted(dora=False):
-    model = decoder().to(torch.bfloat16)
-    apply_lora(model, LoRAConfig(rank=4, dora=dora))
+def adapted(kind="plain"):
+    model = decoder(**(QWEN3_MOE if kind == "experts" else {})).to(torch.bfloat16)
+    apply_lora(model, LoRAConfig(rank=4, dora=kind == "dora"))
     fuse_lora(model)
     init_adapters(model)
-    for layer in model.modules():
-        if isinstance(layer, LoRALinear):
-            torch.nn.init.normal_(layer.lora_b, std=0.3, generator=torch.Generator().manual_seed(1))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_b, std=0.3, generator=torch.Generator().manual_seed(1))
     return model.eval()
 
 
@@ -39,10 +39,10 @@ class AsTheyAre:
         return torch.no_grad()
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "dora", "experts"])
 @pytest.mark.parametrize("compile", [None, "aot_eager"])
-def test_answers_are_those_of_the_adapters_as_they_are(monkeypatch, dora, compile):
-    model = adapted(dora)
+def test_answers_are_those_of_the_adapters_as_they_are(monkeypatch, kind, compile):
+    model = adapted(kind)
     how = {"num_slots": 2, "max_len": 64, "stop_ids": (), "compile": compile}
     narrow = Engine(model, **how)
     monkeypatch.setattr(engine_file, "NarrowAdapters", AsTheyAre)
