@@ -35,9 +35,9 @@ class Slots:
     ) -> None:
         device = model.embed_tokens.weight.device
         self.model, self.num_slots, self.vocab_size = model, num_slots, vocab_size
-        self.cache = KVCache(len(model.layers), num_slots=max_len)
         self.replays = device.type == "cuda" and not waits_for_host(model)  # a CUDA graph cannot wait for the host
-        self.prompts = Prefill(model, reach=max_len, graphs=Graphs(list) if self.replays else None)
+        self.max_len = max_len
+        self.release()
         self.stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         self.token = torch.zeros(num_slots, dtype=torch.int64, device=device)  # the newest one, not in the cache yet
         self.length = torch.ones_like(self.token)  # tokens so far, that one too
@@ -52,9 +52,9 @@ class Slots:
         self._rows = torch.arange(num_slots, device=device)
 
     def release(self) -> None:
-        """Free the cache; the next prefill makes it anew."""
-        self.cache = KVCache(len(self.model.layers), num_slots=self.cache.reach)
-        self.prompts = Prefill(self.model, reach=self.cache.reach, graphs=Graphs(list) if self.replays else None)
+        """An empty cache, in place of the one there was; the next prefill gives it memory."""
+        self.cache = KVCache(len(self.model.layers), num_slots=self.max_len)
+        self.prompts = Prefill(self.model, reach=self.max_len, graphs=Graphs(list) if self.replays else None)
 
     def prefill(self, starts: list[Start], prompts: list[tuple[int, ...]], *, length: int, filtered: bool) -> None:
         """Fill slots: each of ``prompts`` is computed once, whatever number of ``starts`` share it, in rows of

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchft.kernels.narrow_outer import has_kernels, narrow_outer, padded_rank, row_ranges
+from torchft.kernels.narrow_outer import has_kernels, narrow_outer, row_ranges
+from torchft.kernels.swiglu import padded_rank
 
 # Rows x columns that a program holds: the fastest of 40 settings on one H100 for 131,072 rows of 128 experts 768 wide,
 # rank 16 (0.30 and 0.58 ms, where reading and writing alone take 0.2 and 0.34).

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.kernels.swiglu import padded_rank
+
 TILE, LAUNCH = (64, 128), {"num_warps": 4, "num_stages": 2}  # rows x columns that a program holds
 
 kernels: dict[str, Any] = {}  # compiled on first use: triton exists on machines with a GPU only
@@ -42,11 +44,6 @@ def row_ranges(offsets: Tensor) -> list[tuple[int, int]]:
     """First row and end of each expert's rows. A GPU is waited for."""
     stops = offsets.tolist()
     return list(zip([0, *stops], stops))
-
-
-def padded_rank(rank: int) -> int:
-    """The matrix units work on at least 16 columns, a power of two."""
-    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _kernels() -> dict[str, Any]:

@@ -36,7 +36,7 @@ def lora_swiglu(
     if not gate.is_cuda or gate.dtype == torch.float32:
         return _forward(gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
     t, f, r = *gate.shape, gate_inner.shape[1]
-    parts, padded = _split(t, f, FORWARD_TILE), _padded(r)
+    parts, padded = _split(t, f, FORWARD_TILE), padded_rank(r)
     h = torch.empty_like(gate)
     inner = gate.new_empty(parts, t, r, dtype=torch.float32)
     tensors = (x.contiguous() for x in (gate, up, gate_inner, up_inner, gate_b, up_b, down_a))
@@ -66,7 +66,7 @@ def lora_swiglu_backward(
     if not gate.is_cuda or gate.dtype == torch.float32:
         return _backward(grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
     t, f, r = *gate.shape, gate_inner.shape[1]
-    parts, padded = _split(t, f, BACKWARD_TILE), _padded(r)
+    parts, padded = _split(t, f, BACKWARD_TILE), padded_rank(r)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     inner = gate.new_empty(2, parts, t, r, dtype=torch.float32)
     tensors = (x.contiguous() for x in (grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a))
@@ -137,7 +137,7 @@ def _backward(
     return d_gate, d_up, d_inner[0].to(gate.dtype), d_inner[1].to(gate.dtype)
 
 
-def _padded(rank: int) -> int:
+def padded_rank(rank: int) -> int:
     """The matrix units work on at least 16 columns, a power of two."""
     return max(16, 1 << (rank - 1).bit_length())
 
