@@ -1,5 +1,6 @@
 """Functions of a test run as the ranks of a job: processes of one machine that talk through gloo."""
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import pickle
 import queue
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -31,7 +33,10 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
                 rank, ok, value = results.get(timeout=1)
             except queue.Empty:
                 dead = [r for r, p in enumerate(ranks) if r not in found and p.exitcode not in (None, 0)]
-                assert not dead, f"rank {dead[0]} ended with exit code {ranks[dead[0]].exitcode}"
+                assert not dead, "\n".join(
+                    f"rank {r} ended with exit code {ranks[r].exitcode}\n{_stacks(ranks[r].pid).read_text()}"
+                    for r in dead
+                )
                 assert time.monotonic() < deadline, (
                     f"ranks {set(range(size)) - set(found)} did not end in {timeout_s} s"
                 )
@@ -42,6 +47,7 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
         for process in ranks:
             process.join(timeout=5 if len(found) == size else grace_s)
             process.kill()
+            _stacks(process.pid).unlink(missing_ok=True)
     return [found[r] for r in range(size)]
 
 
@@ -69,6 +75,7 @@ def started(function, size, *args, env=None):
 def _run(where, args, results, env):
     os.environ.update(env)
     torch.set_num_threads(1)
+    faulthandler.enable(_stacks(os.getpid()).open("w"))
     tests = Path(__file__).parent
     sys.path[:0] = [str(tests), str(tests.parent)]
     path, name = where
@@ -81,3 +88,8 @@ def _run(where, args, results, env):
     except BaseException:  # whatever it is, the test shall show it
         results.put((int(env["RANK"]), False, traceback.format_exc()))
         raise
+
+
+def _stacks(pid):
+    """Where a process writes what it was doing when it crashed in compiled code."""
+    return Path(tempfile.gettempdir()) / f"torchft_tests_stacks_{pid}.txt"

@@ -108,6 +108,12 @@ def test_x1_a_rank_that_dies_is_named_and_the_same_command_goes_on(words, tmp_pa
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
 
 
+def test_a_crash_in_compiled_code_says_which_rank_and_where(words):
+    code, _, err = ended(launch("--nproc-per-node=2", *words, fault="before_step:segv:1:3"))
+    assert code == 1 and err.rstrip().splitlines()[-1] == "error: rank 1 was killed by SIGSEGV (exit code -11)"
+    assert "Segmentation fault" in err and re.search(r'fault.py", line \d+ in point', err), err
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def test_x1_torchrun_restarts_and_the_run_goes_on_by_itself(words, tmp_path, device):
     options = ["--nproc-per-node=2", "--max-restarts=1", *words, f"device={device}"]

@@ -5,6 +5,7 @@ A recipe ends with ``start(main, Config, recipe="its_name")``, so that ``tune ru
 """
 
 import contextlib
+import faulthandler
 import logging
 import os
 import runpy
@@ -25,6 +26,7 @@ from torchft.errors import UserError
 from torchft.redact import redact, redact_record
 
 C = TypeVar("C")
+STDERR = 2
 
 # torchrun's options, so that they are known without importing torch. Not --module, --no-python and --run-path, which
 # would run something else than the recipe.
@@ -91,6 +93,8 @@ def start(main: Callable[[C], None], config: type[C], *, recipe: str) -> None:
         recipe: the name that a YAML's ``recipe:`` must have; a renamed copy of the script keeps it.
     """
     sys.excepthook = _redacted_traceback
+    if not faulthandler.is_enabled():
+        faulthandler.enable(STDERR)  # a crash in compiled code says where
     _show_log()
     with exit_on_user_error(debug="--debug" in sys.argv):
         parser = _parser("", sys.modules[main.__module__].__doc__ or "")

@@ -1,6 +1,6 @@
 """Named points where a test can make a run fail: TORCHFT_FAULT="point:action:rank:step".
 
-Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int (signals), raise, enospc,
+Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int, segv (signals), raise, enospc,
 eio, slow (SLOW_S), hang, exit (with code 0, as if done).
 ``*`` stands for any rank or step. A job that torchrun has restarted has no faults any more, so that it can recover.
 Without the variable a point costs one look into the environment.
@@ -23,7 +23,7 @@ def point(name: str, *, step: int, rank: int = 0) -> None:
     if where != name or at_rank not in ("*", str(rank)) or at_step not in ("*", str(step)):
         return
     match action:
-        case "kill" | "term" | "int":
+        case "kill" | "term" | "int" | "segv":
             os.kill(os.getpid(), getattr(signal, f"SIG{action.upper()}"))
         case "exit":
             os._exit(0)
