@@ -33,10 +33,8 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
                 rank, ok, value = results.get(timeout=1)
             except queue.Empty:
                 dead = [r for r, p in enumerate(ranks) if r not in found and p.exitcode not in (None, 0)]
-                assert not dead, "\n".join(
-                    f"rank {r} ended with exit code {ranks[r].exitcode}\n{_stacks(ranks[r].pid).read_text()}"
-                    for r in dead
-                )
+                what = [f"rank {r} ended with exit code {ranks[r].exitcode}\n{_stacks(ranks[r].pid)}" for r in dead]
+                assert not dead, "\n".join(what)
                 assert time.monotonic() < deadline, (
                     f"ranks {set(range(size)) - set(found)} did not end in {timeout_s} s"
                 )
@@ -47,7 +45,7 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
         for process in ranks:
             process.join(timeout=5 if len(found) == size else grace_s)
             process.kill()
-            _stacks(process.pid).unlink(missing_ok=True)
+            _stacks_file(process.pid).unlink(missing_ok=True)
     return [found[r] for r in range(size)]
 
 
@@ -75,7 +73,7 @@ def started(function, size, *args, env=None):
 def _run(where, args, results, env):
     os.environ.update(env)
     torch.set_num_threads(1)
-    faulthandler.enable(_stacks(os.getpid()).open("w"))
+    faulthandler.enable(_stacks_file(os.getpid()).open("w"))
     tests = Path(__file__).parent
     sys.path[:0] = [str(tests), str(tests.parent)]
     path, name = where
@@ -91,5 +89,9 @@ def _run(where, args, results, env):
 
 
 def _stacks(pid):
+    return _stacks_file(pid).read_text() if _stacks_file(pid).exists() else ""
+
+
+def _stacks_file(pid):
     """Where a process writes what it was doing when it crashed in compiled code."""
     return Path(tempfile.gettempdir()) / f"torchft_tests_stacks_{pid}.txt"

@@ -1,7 +1,7 @@
 """Named points where a test can make a run fail: TORCHFT_FAULT="point:action:rank:step".
 
-Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int, segv (signals), raise, enospc,
-eio, slow (SLOW_S), hang, exit (with code 0, as if done).
+Points: before_step, after_shard_write, before_commit, after_commit. Actions: kill, term, int, segv (signals), raise,
+enospc, eio, slow (SLOW_S), hang, exit (with code 0, as if done).
 ``*`` stands for any rank or step. A job that torchrun has restarted has no faults any more, so that it can recover.
 Without the variable a point costs one look into the environment.
 """
