@@ -38,7 +38,8 @@ EAGER = None  # as a budget: a block that is not compiled
 class BlockCost:
     """Of one block (the mean over a model's blocks) and one row."""
 
-    saved: int  # bytes kept for backward, the block's input included; not weights, nor what all blocks share
+    inputs: int  # bytes of the block's input: what is kept of a block that runs again in backward
+    saved: int  # bytes kept for backward, the input included; not weights, nor what all blocks share
     largest: int  # bytes of the largest tensor of those
     forward_flops: int
     backward_flops: int  # with what is recomputed
@@ -83,6 +84,7 @@ def _measure(
         costs = [(counts[kind], _run(*calls[i], budget)) for kind, i in first.items()]
         n = len(model.layers)
         found[budget] = BlockCost(
+            inputs=sum(count * cost.inputs for count, cost in costs) // n,
             saved=sum(count * cost.saved for count, cost in costs) // n,
             largest=max(cost.largest for _, cost in costs),
             forward_flops=sum(count * cost.forward_flops for count, cost in costs) // n,
@@ -180,7 +182,11 @@ def _run(layer: nn.Module, inputs: tuple[Any, ...], budget: float | None) -> Blo
         torch._dynamo.reset()
     sizes = [t.untyped_storage().nbytes() for t in saved.values()]
     return BlockCost(
-        saved=sum(sizes), largest=max(sizes, default=0), forward_flops=flops[0], backward_flops=sum(flops[1:])
+        inputs=x.nbytes,
+        saved=sum(sizes),
+        largest=max(sizes, default=0),
+        forward_flops=flops[0],
+        backward_flops=sum(flops[1:]),
     )
 
 

@@ -152,7 +152,7 @@ def plans(
     found = []
     for budget, share in settings:
         for r, away, once in product(splits, OFFLOADS if automatic and not offload else (float(offload),), gathered):
-            cost = _mixed(costs[budget], share, seq_len * model.config.dim * model.embed_tokens.weight.itemsize)
+            cost = _mixed(costs[budget], share)
             gradients: Gradients = "freed" if in_backward else "added" if accumulation * rows > r else "new"
             replays = compiled and device.type == "cuda" and not away and not share and not in_backward
             replays = replays and num_ranks() == 1 and not branches
@@ -234,10 +234,10 @@ def _time(
     return (compute_s + 2 * max(0.0, copies_s) + gathered / GATHER) / base_s + 0.02 * offload
 
 
-def _mixed(cost: BlockCost, share: float, input_bytes: int) -> BlockCost:
+def _mixed(cost: BlockCost, share: float) -> BlockCost:
     """The mean of blocks of which ``share`` run under torch.utils.checkpoint."""
     again = round(share * cost.forward_flops)
-    saved = round((1 - share) * cost.saved + share * input_bytes)
+    saved = round((1 - share) * cost.saved + share * cost.inputs)
     return replace(cost, saved=saved, backward_flops=cost.backward_flops + again)
 
 

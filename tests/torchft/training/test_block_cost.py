@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from families import CASES
+from families import CASES
 from oracles import mean_nll
 from tiny import decoder, tokens
 
@@ -61,6 +63,18 @@ def test_saved_is_what_a_real_model_keeps(kind, budget):
     assert loss.requires_grad
     (cost,) = costs(model, [budget]).values()
     assert abs(cost.saved / real - 1) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama3.2_tied", "gemma4_e2b"])
+def test_inputs_are_what_real_blocks_are_called_with(family):
+    """Of Gemma 4 they are wider than the model: each token's vector for each layer, and keys and values, too."""
+    model, sizes = decoder(**CASES[family]), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].nbytes))
+    (cost,) = costs(model, [EAGER], seq_len=40).values()
+    model(tokens(1, 40))
+    assert cost.inputs == sum(sizes) // len(sizes)
+    assert (cost.inputs > 40 * model.config.dim * 4) == (family == "gemma4_e2b")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4 lora"])
