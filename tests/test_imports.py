@@ -20,11 +20,12 @@ ALLOWED = {  # part of torchft -> the parts that it may import
     "modules": FOUNDATION | {"kernels"},
     "losses": FOUNDATION | {"modules", "kernels"},
     "adapters": FOUNDATION | {"modules", "weights", "kernels"},
-    "dequantise": FOUNDATION | {"nf4_files", "weights"},
+    "dequantise": FOUNDATION | {"nf4_files", "packed_files", "weights"},
     "hub": FOUNDATION | {"dequantise", "hub_check", "hub_names", "modules", "weights", "staging"},
     "hub_check": FOUNDATION | {"hub_names", "weights"},
     "hub_names": FOUNDATION,
     "nf4_files": FOUNDATION | {"kernels", "weights"},
+    "packed_files": FOUNDATION | {"weights"},
     "awq": {"modules"},
     "quantise": FOUNDATION
     | {"adapters", "awq", "dequantise", "hub", "models", "modules", "nf4_files", "tokenizers", "weights"},

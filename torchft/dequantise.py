@@ -1,6 +1,6 @@
 """Weight files whose matrices come in few bits, read as if they did not: blocks of FP8 (DeepSeek V3, Kimi K2), MXFP4
 (gpt-oss, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), what torchao writes
-(quantise.py), and NF4 (nf4_files.py).
+(quantise.py), NF4 (nf4_files.py), and packed integers (packed_files.py).
 """
 
 import json
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchft.errors import UserError
 from torchft.nf4_files import DTYPES, STATE, NF4Files
+from torchft.packed_files import METHOD, PACKED, PackedFiles, unreadable
 from torchft.weights import WeightFiles
 
 FP8_BLOCK = 128  # rows and columns of a matrix that share a scale
@@ -37,9 +38,13 @@ def check_readable(quantised: Any, folder: Path) -> None:
         return
     if kind == "bitsandbytes" and fields.get("bnb_4bit_quant_type") == "nf4":
         return
+    others = unreadable(fields) if kind == METHOD else []
+    if kind == METHOD and not others:
+        return
+    what = ", ".join([f"quant_method {kind!r}", *others])
     raise UserError(
-        f"{folder} holds quantised weights (quant_method {kind!r}), which cannot be trained: take the original "
-        "checkpoint, and `nf4` or `fp8` in the config to train on a quantised base"
+        f"{folder} holds quantised weights ({what}), which cannot be trained: take the original checkpoint, and `nf4` "
+        "or `fp8` in the config to train on a quantised base"
     )
 
 
@@ -50,6 +55,8 @@ def open_weights(folder: Path) -> WeightFiles:
         return TorchaoFiles(folder)
     if any(name.endswith(STATE) for name in files.names()):
         return NF4Files(folder)
+    if any(name.endswith(PACKED) for name in files.names()):
+        return PackedFiles(folder)
     return DequantisedFiles(folder) if any(name.endswith((SCALE, BLOCKS)) for name in files.names()) else files
 
 

@@ -74,6 +74,7 @@ RELEASED = {
     "moonshotai/Kimi-K2-Base": (_kimi(131072, 32.0), 1_026_408_232_448),
     "moonshotai/Kimi-K2-Instruct": (_kimi(131072, 32.0), 1_026_408_232_448),
     "moonshotai/Kimi-K2-Instruct-0905": (_kimi(262144, 64.0), 1_026_408_232_448),
+    "moonshotai/Kimi-K2-Thinking": (_kimi(262144, 64.0), 1_026_408_232_448),  # from memory
     "moonshotai/Moonlight-16B-A3B": (MOONLIGHT, 15.96e9),
     "moonshotai/Moonlight-16B-A3B-Instruct": (MOONLIGHT, 15.96e9),
 }

@@ -31,7 +31,9 @@ _MOONLIGHT = size(
 )  # fmt: skip
 CONFIGS = {
     **dict.fromkeys(["Kimi-K2-Base", "Kimi-K2-Instruct"], _K2),
-    "Kimi-K2-Instruct-0905": size(*_K2_SIZES, 262_144, yarn(5e4, 64.0, 1.0), **MSCALES),
+    **dict.fromkeys(
+        ["Kimi-K2-Instruct-0905", "Kimi-K2-Thinking"], size(*_K2_SIZES, 262_144, yarn(5e4, 64.0, 1.0), **MSCALES)
+    ),
     **dict.fromkeys(["Moonlight-16B-A3B", "Moonlight-16B-A3B-Instruct"], replace(_MOONLIGHT, norm_eps=1e-5)),
 }
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from families import CASES
-from families import CASES
 from oracles import mean_nll
 from tiny import decoder, tokens
 
