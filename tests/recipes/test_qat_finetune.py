@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from torchft import models, shipped
+from torchft.adapters import formats
 from torchft.adapters.lora import LoRAConfig, apply_lora, lora_layers
 from torchft.adapters.qat import QATConfig, apply_qat
 from torchft.cli.main import main
@@ -47,7 +48,7 @@ LORA = "lora={rank: 4, alpha: 24}"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CASES = [(format, dtype, "cpu") for format in ("int4", "int8_int4") for dtype in ("fp32", "bf16")]
 CASES += [pytest.param(format, "bf16", "cuda", marks=pytest.mark.gpu) for format in ("int4", "int8_int4", "fp8")]
-GOLDEN = [7.7597, 7.5479, 6.8731]
+GOLDEN = [7.9199, 7.5206, 6.8865]
 
 
 def prepared(base, run, format, *, adapted, dtype, device):
@@ -67,7 +68,11 @@ def distance(logits, want):
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("format", "dtype", "device"), CASES)
 def test_the_quantised_checkpoint_is_the_trained_model(qat, base, tmp_path, no_picture, format, dtype, device, adapted):
-    """Bit for bit in our reading of it; transformers computes in the few bits themselves, sums in another order."""
+    """Bit for bit in our reading of it; transformers computes in the few bits themselves, sums in another order.
+
+    Of fp8 that is compared layer by layer: inputs in the middle of two codes are rounded apart, and these models take
+    such differences a long way (one computes in fp64 what is 9% off, where no rounding at all is 13% off).
+    """
     options = [f"qat.format={format}", f"dtype={dtype}", f"device={device}", *([LORA] if adapted else [])]
     folder = qat(tmp_path / "run", *options, "max_steps=2", "qat.group_size=16") / "export" / "quantised"
     how = {"dtype": DTYPES[dtype], "device": torch.device(device)}
@@ -77,10 +82,60 @@ def test_the_quantised_checkpoint_is_the_trained_model(qat, base, tmp_path, no_p
     with torch.no_grad():
         want = model(batch)
         assert torch.equal(converted(batch), want)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=how["dtype"]).to(device)(batch).logits
-        floating = models.load(tmp_path / "run" / "export", **how)(batch)
-    near = distance(theirs, want)
-    assert near < {"fp32": 1e-5, "bf16": 0.05}[dtype] and near < 0.5 * distance(floating, want)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=how["dtype"]).to(device)
+        floating = models.load(tmp_path / "run" / "export", **how)
+        near, far = distance(theirs(batch).logits, want), distance(floating(batch), want)
+        if format != "fp8":
+            assert near < {"fp32": 1e-5, "bf16": 0.05}[dtype] and near < 0.5 * far
+        layers = {name: layer for name, layer in converted.named_modules() if name.endswith("_proj")}
+        assert len(layers) == 14
+        for name, layer in layers.items():
+            x = torch.randn(64, layer.in_features, **how)
+            near = distance(theirs.get_submodule(f"model.{name}")(x), layer(x))
+            assert near < {"fp32": 1e-5, "bf16": 0.01}[dtype] < distance(floating.get_submodule(name)(x), layer(x))
+
+
+@pytest.fixture
+def fp4_on_a_cpu(monkeypatch):
+    """torchao's products of 4-bit floats, which need a GPU, as products of their values."""
+    from torchao.prototype.mx_formats import inference_workflow, mx_tensor, nvfp4_tensor
+    from torchao.prototype.qat import mx, nvfp4
+
+    def product(a, b, op, bias=None):
+        if type(a) is torch.Tensor:
+            how = b.act_quant_kwargs
+            names = ("elem_dtype", "block_size", "scaling_mode", "kernel_preference", "is_swizzled_scales")
+            a = mx_tensor.MXTensor.to_mx(a, *(getattr(how, name) for name in names))
+        out = a.dequantize(torch.bfloat16) @ b.t().dequantize(torch.bfloat16).t()
+        return out if bias is None else out + bias
+
+    for module, name in ((mx, "mx"), (mx_tensor, "mx"), (nvfp4, "nvfp4"), (nvfp4_tensor, "nvfp4")):
+        monkeypatch.setattr(module, f"_addmm_{name}_dispatch", product)
+    monkeypatch.setattr(inference_workflow, "is_sm_at_least_100", lambda: True)
+    monkeypatch.setattr(formats, "CAPABILITY", {})
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_layers_of_4_bit_floats_are_exported_as_they_were_trained(
+    qat, base, tmp_path, no_picture, fp4_on_a_cpu, format
+):
+    """All but the products themselves, for want of a GPU: planning, training, the folder and transformers' reading."""
+    options = [f"qat.format={format}", "dtype=bf16", "device=cpu", "max_steps=6", "epochs=2"]
+    folder = qat(tmp_path / "run", *options) / "export" / "quantised"
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
+    how = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    model = prepared(base, tmp_path / "run", format, adapted=False, **how)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    floating = models.load(tmp_path / "run" / "export", **how)
+    layers = {name: layer for name, layer in model.named_modules() if name.endswith("_proj")}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        x = torch.randn(64, layer.in_features, **how)
+        want = layer(x)
+        assert torch.equal(theirs.get_submodule(f"model.{name}")(x), want)
+        assert distance(floating.get_submodule(name)(x), want) > 0.05
+    stored = (folder / "model.safetensors").stat().st_size
+    assert stored < 0.7 * (tmp_path / "run" / "export" / "model.safetensors").stat().st_size
 
 
 def test_every_step_is_plain_pytorchs(qat, base, tmp_path, no_picture):
@@ -195,7 +250,7 @@ def test_two_ranks_are_one_process(qat, qat_settings, data, tmp_path, no_picture
     for row, other in zip(ours[:equal], want, strict=False):
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
     assert largest_difference(weights_at(together, equal), weights_at(alone, equal)) < 1e-5
-    assert (losses(together) - losses(alone)).abs().max() < 0.05 < losses(alone)[0] - losses(alone)[-1]
+    assert (losses(together) - losses(alone)).abs().max() < 0.1 * (losses(alone)[0] - losses(alone)[-1])
     assert largest_difference(weights(together), weights(alone)) < 0.05
     names = [set(load_file(run / "export/quantised/model.safetensors")) for run in (together, alone)]
     assert names[0] == names[1]
@@ -258,6 +313,8 @@ def test_the_demo_in_short(tmp_path):
 
 
 def test_golden_losses(qat, tmp_path, no_picture):
-    """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not."""
-    run = qat(tmp_path / "run", LORA, "epochs=1", "packed=true", "batch_size=1", CONSTANT)
-    assert losses(run).tolist() == pytest.approx(GOLDEN, abs=1e-3)
+    """Of a run on torch 2.13 (CPU): a change that should not move numbers shows that it does not. Of the step that
+    rounds only some digits (without rounding it is 6.9099): weights that differ in a last bit round apart."""
+    run = qat(tmp_path / "run", LORA, "epochs=1", "packed=true", "batch_size=1", CONSTANT, "qat.start_step=2")
+    first, second, rounded = losses(run).tolist()
+    assert [first, second] == pytest.approx(GOLDEN[:2], abs=1e-4) and rounded == pytest.approx(GOLDEN[2], abs=0.01)

@@ -115,6 +115,7 @@ def _record(
         tensors = [*model.parameters(), *model.buffers()]
         memo: dict[int, Any] = {id(t): _fake(t, device) for t in tensors}
         fake = copy.deepcopy(model, memo | {id(model.activations): nullcontext(), id(model.replay): None})
+        _without_few_bits(fake)
         fake.layers = nn.ModuleList(_Recorder(layer) for layer in fake.layers)
         fake.recompute = 0.0
         tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
@@ -122,6 +123,16 @@ def _record(
         documents = Documents(max(1, seq_len // 512), seq_len) if packed else None
         fake.train()(tokens, positions, head=lambda hidden, project: hidden, documents=documents)
     return [(recorder.layer, recorder.inputs) for recorder in fake.layers if isinstance(recorder, _Recorder)]
+
+
+def _without_few_bits(model: nn.Module) -> None:
+    """torchao's linear layers with products in few bits become plain ones, which keep and compute no less: of MXFP4 a
+    fake product is refused (torch 2.13 wants half of the scales), and FLOPs of none are counted."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("torchao."):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight, plain.bias = layer.weight, layer.bias
+            model.set_submodule(name, plain)
 
 
 def _fake(t: Tensor, device: torch.device) -> Tensor:

@@ -50,7 +50,8 @@ def test_logits_loss_and_gradients(pair, tmp_path):
 
 
 def test_packed_is_unpacked(pair):
-    """Gradients of documents in one row, and of each alone."""
+    """Gradients of documents in one row, and of each alone: sums in another order, of which DeltaNet's gates' nearly
+    cancel (1e-2 of other gradients; apart by up to 1.5e-5 on some processors)."""
     ours, row = pair.ours, pair.batch[:1]
     labels = shifted(supervised(row))
     ends = torch.tensor(DOCUMENTS).cumsum(0)
@@ -61,7 +62,7 @@ def test_packed_is_unpacked(pair):
     alone = [x[None] for x in row[0].split(DOCUMENTS)], [y[None] for y in labels[0].split(DOCUMENTS)]
     unpacked = sum(mean_nll(ours, x, y, count=count) for x, y in zip(*alone))
     packed, unpacked = ({"loss": loss} | gradients(ours, loss) for loss in (packed, unpacked))
-    assert violations({name: (packed[name], unpacked[name]) for name in unpacked}) == {}
+    assert violations({name: (packed[name], unpacked[name]) for name in unpacked}, 4e-5) == {}
     one_document = gradients(ours, mean_nll(ours, row, labels))
     assert max(distance(one_document[name], unpacked[name])[1] for name in one_document) > 0.1
 

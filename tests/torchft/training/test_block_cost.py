@@ -6,9 +6,11 @@ from families import CASES
 from oracles import mean_nll
 from tiny import decoder, tokens
 
+from torchft.adapters import formats
 from torchft.adapters.fp8 import FP8Config, apply_fp8
 from torchft.adapters.lora import LoRAConfig, apply_lora
 from torchft.adapters.nf4 import NF4Config, apply_nf4
+from torchft.adapters.qat import QATConfig, apply_qat
 from torchft.training import block_cost
 from torchft.training.block_cost import EAGER, block_costs
 from torchft.training.compile import compile_blocks
@@ -93,6 +95,16 @@ def test_budgets_mean_the_same_over_an_fp8_base():
     wanted, given = (costs(model_of(kind), [0.8, 0.5, 0.3, 0.1], seq_len=32) for kind in ("lora", "fp8 lora"))
     for budget, cost in given.items():
         assert abs(cost.saved / wanted[budget].saved - 1) < 0.1, budget
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_layers_with_products_in_few_bits_count_as_plain_ones(format, monkeypatch):
+    monkeypatch.setattr(formats, "CAPABILITY", {})
+    model = model_of("full").bfloat16()
+    (want,) = costs(model, [EAGER]).values()
+    apply_qat(model, QATConfig(format=format), device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert costs(model, [EAGER]) == {EAGER: want}
+    assert type(model.layers[0].mlp.up_proj) is not torch.nn.Linear  # of the model itself
 
 
 def test_flops_are_those_of_the_matrices():
