@@ -1,7 +1,6 @@
 """SwiGLU between the two stacked linear layers of experts with LoRA, in one pass over the wide activations each way.
 
-As swiglu.py, where rows belong to experts, which have adapters of their own. On a CPU the same formulas run expert by
-expert.
+As swiglu.py, where rows belong to experts with adapters of their own. On a CPU the same formulas, expert by expert.
 
 Legend: n rows sorted by expert, e experts, f an expert's width, r rank; ``offsets`` [e] int32: expert i has the rows
 from offsets[i - 1] to offsets[i].

@@ -1,12 +1,12 @@
 """Losses of scores that documents get: `bradley_terry` and `margin` on pairs, `listwise` on candidates, `regression` on
 numbers, `cross_entropy` and `binary_cross_entropy` on labels, `steps` on reasoning; and the heads that read scores."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchft.losses.contrastive import Pooling, pooled
+from torchft.losses.contrastive import pooled
 from torchft.losses.likelihood import IGNORE
 from torchft.token_shards import WHOLE_ROWS, TokenShards
 
@@ -52,23 +52,9 @@ def scores_at(
     return score(shards.whole(hidden).flatten(0, 1).index_select(0, places))
 
 
-def document_scores(
-    hidden: Tensor,
-    project: object,
-    *,
-    score: nn.Module,
-    pooling: Pooling,
-    positions: Tensor | None,
-    count: int,
-    documents_of: Tensor,
-    shards: TokenShards = WHOLE_ROWS,
-) -> Tensor:
-    """A head: ``score`` of the samples' documents as `pooled` reads them, [samples, n, k]."""
-    read = pooled(
-        hidden, project, pooling=pooling, positions=positions, count=count, documents_of=documents_of,
-        shards=shards,
-    )  # fmt: skip
-    scores: Tensor = score(read)
+def document_scores(hidden: Tensor, project: object, *, score: nn.Module, **reading: Any) -> Tensor:
+    """A head: ``score`` of the samples' documents as `pooled`, which takes ``reading``, reads them; [samples, n, k]."""
+    scores: Tensor = score(pooled(hidden, project, **reading))
     return scores
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from torchft.errors import UserError
 from torchft.hub_names import HubNames
 from torchft.models import glm4_moe
+from torchft.models.config_experts import experts_from_hub, experts_to_hub
 from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, rope_to_hub, yarn_scale
-from torchft.models.glm4_moe import Glm4MoEConfig, experts_from_hub, experts_to_hub, mlp
+from torchft.models.glm4_moe import Glm4MoEConfig, mlp
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
 from torchft.modules.masks import Sight
 from torchft.modules.mla import LatentAttention
