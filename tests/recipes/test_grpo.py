@@ -125,12 +125,12 @@ def part(folder, overrides):
 def test_ranks_are_one_process(grpo, tmp_path, spread, options):
     alone = grpo(tmp_path / "alone", *options)
     run_ranks(part, 2 ** max(1, len(spread)), tmp_path / "ranks", [*options, *spread, "batch_size=8"])
-    assert largest_difference(weights(alone), weights(tmp_path / "ranks")) < 1e-5
+    assert largest_difference(weights(alone), weights(tmp_path / "ranks")) < 1e-4
     for ours, want in zip(rows(tmp_path / "ranks"), rows(alone), strict=True):
         assert ours.keys() == want.keys()
         for name in want.keys() - {"tokens"}:  # each rank pads its own
             value = want[name]
-            assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 def compiled_part(folder, overrides, num_graphs):
@@ -314,7 +314,7 @@ def test_rollouts_from_a_server_are_those_of_the_built_in_engine(grpo, tmp_path,
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.02)
     for options, name, path in (
         ([SGD], "adapters", "/v1/load_lora_adapter"),
-        (FULL, "whole", "/collective_rpc"),
+        ([*FULL, "optimizer.lr=0.05"], "whole", "/collective_rpc"),
     ):
         local = grpo(tmp_path / name / "local", *options, "max_steps=3")
         with served(shipped.config_path("demo/base")) as stub:

@@ -172,6 +172,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
         )
     watch = Watch(timeout_s=config.timeout_s, debug_dir=debug_dir)
     try:
+        dist.all_reduce(torch.zeros(1))  # none goes on, and perhaps ends, while another still connects to it
         with rank_log(debug_dir, rank):
             yield World(
                 device=own,

@@ -83,7 +83,7 @@ def test_k28_peft_reads_ours(base, tmp_path, config):
     theirs = peft.PeftModel.from_pretrained(tiny.llama(**BIASED), folder)
     adapted = {n for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert adapted == {hub_name(model)(n.rpartition(".")[0]) for n in adapter_parameters(model)}
-    assert (theirs(TOKENS).logits - model(TOKENS)).abs().max() <= 5e-5  # fp32 noise: see test_lora.py
+    assert (theirs(TOKENS).logits - model(TOKENS)).abs().max() <= 1e-4  # fp32 noise: see test_lora.py
     assert (theirs(TOKENS).logits - tiny.llama(**BIASED)(TOKENS).logits).abs().max() > 0.1
 
 
@@ -94,7 +94,7 @@ def test_k28_we_read_pefts(base, tmp_path, config):
     theirs = peft_model(tiny.llama(**BIASED), config)
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     ours = read(base, tmp_path / "adapter")
-    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 5e-5  # fp32 noise: see test_lora.py
+    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 1e-4  # fp32 noise: see test_lora.py
 
 
 @each_config

@@ -148,7 +148,7 @@ def test_training_equals_one_process(size, replicate, cases):
                 assert gradients.keys() == all_gradients.keys()
                 for name, gradient in all_gradients.items():
                     assert gradient.norm() > 0, (name, about)
-                    assert (gradients[name] - gradient).norm() <= 2e-6 * gradient.norm(), (name, about)
+                    assert (gradients[name] - gradient).norm() <= 4e-5 * gradient.norm(), (name, about)
             assert graphs == (1 if "backend" in case else 0), about
 
 
