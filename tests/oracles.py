@@ -8,6 +8,8 @@ from torchft import models
 from torchft.losses.likelihood import token_nll
 
 MAX_ABS, RELATIVE = 1e-4, 1e-5
+# Gradients of DeltaNet's gates nearly cancel (1e-2 of the others): some processors are 1.5e-5 apart.
+CANCELLING, OF_CANCELLING = ("A_log", "dt_bias"), 4e-5
 
 
 def distance(got, want):
@@ -16,10 +18,11 @@ def distance(got, want):
     return delta.abs().max().item(), (delta.norm() / want.double().norm().clamp_min(1e-12)).item()
 
 
-def violations(pairs, relative=RELATIVE):
+def violations(pairs):
     """The named pairs (ours, theirs) that miss the bars."""
     distances = {name: distance(*pair) for name, pair in pairs.items()}
-    return {n: d for n, d in distances.items() if not (d[0] <= MAX_ABS and d[1] <= relative)}
+    bars = {name: OF_CANCELLING if name.endswith(CANCELLING) else RELATIVE for name in pairs}
+    return {n: d for n, d in distances.items() if not (d[0] <= MAX_ABS and d[1] <= bars[n])}
 
 
 def gradients(model, loss):

@@ -22,8 +22,7 @@ def prepare() -> Path:
     # Two kinds of layers, with and without gradients, with and without adapters, in two shapes are 16 graphs already,
     # and torch's 8 hold for all blocks of a class together.
     dynamo_config.recompile_limit = 64
-    versions = f"torch-{torch.__version__}-py{platform.python_version()}-{_processor()}"
-    folder = cache_folder() / "compiled" / versions
+    folder = cache_folder() / "compiled" / f"torch-{torch.__version__}-py{platform.python_version()}-{_processor()}"
     for name, path in {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder / "triton"}.items():
         if os.environ.get(name, default_cache_dir()).startswith(default_cache_dir()):  # torch sets them when imported
             os.environ[name] = str(path)
@@ -33,7 +32,7 @@ def prepare() -> Path:
 def _processor() -> str:
     """A name for the instructions that compiled code may use. Machines that share a home folder need not be alike, and
     code of one, which torch finds by its source, ends a process of another (seen: AVX2's, where torch used AVX-512)."""
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else [platform.processor()]
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
     return f"{torch.backends.cpu.get_cpu_capability()}-{zlib.crc32(flags.encode()):08x}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import CASES
-from oracles import RELATIVE, against_transformers, distance, gradients, mean_nll, shifted, supervised, violations
+from oracles import against_transformers, distance, gradients, mean_nll, shifted, supervised, violations
 from safetensors.torch import load_file
 from tiny import tokens, transformers_model
 
@@ -45,15 +45,8 @@ def pair(request, tmp_path_factory):
     return Pair(folder, ours, theirs, tokens(vocab_size=ours.config.vocab_size))
 
 
-def bar(model):
-    """Relative, of gradients: those of DeltaNet's gates nearly cancel (1e-2 of the others); some processors are 1.5e-5
-    apart."""
-    return 4e-5 if GatedDeltaNet in map(type, model.modules()) else RELATIVE
-
-
 def test_logits_loss_and_gradients(pair, tmp_path):
-    found = against_transformers(pair.ours, pair.theirs, pair.batch, tmp_path)
-    assert violations(found, bar(pair.ours)) == {}
+    assert violations(against_transformers(pair.ours, pair.theirs, pair.batch, tmp_path)) == {}
 
 
 def test_packed_is_unpacked(pair):
@@ -68,7 +61,7 @@ def test_packed_is_unpacked(pair):
     alone = [x[None] for x in row[0].split(DOCUMENTS)], [y[None] for y in labels[0].split(DOCUMENTS)]
     unpacked = sum(mean_nll(ours, x, y, count=count) for x, y in zip(*alone))
     packed, unpacked = ({"loss": loss} | gradients(ours, loss) for loss in (packed, unpacked))
-    assert violations({name: (packed[name], unpacked[name]) for name in unpacked}, bar(ours)) == {}
+    assert violations({name: (packed[name], unpacked[name]) for name in unpacked}) == {}
     one_document = gradients(ours, mean_nll(ours, row, labels))
     assert max(distance(one_document[name], unpacked[name])[1] for name in one_document) > 0.1
 

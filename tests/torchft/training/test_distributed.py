@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_each_rank_writes_down_its_warnings_and_its_stack(tmp_path):
         assert "WARNING torchft.training.somewhere: the token is" in text and TOKEN not in text
         assert f"ValueError: a bug of rank {r}" in text and "in warn\n" in text
         assert "nobody needs this" not in text and "not part of it" not in text
+
+
+def connected_late():
+    """(When this rank was connected, when its block began); the second rank is slow to connect."""
+    make, seen = distributed.init_device_mesh, []
+
+    def connect(*args, **kwargs):
+        mesh = make(*args, **kwargs)
+        time.sleep(2 * ranks.rank())
+        seen.append(time.time())
+        return mesh
+
+    distributed.init_device_mesh = connect
+    with distributed.init(ParallelConfig(), device="cpu"):
+        return seen[-1], time.time()
+
+
+def test_no_rank_begins_before_all_are_connected():
+    """So that one that is refused at once does not leave while others connect to it."""
+    (own, began), (other, _) = run_ranks(connected_late, 2)
+    assert own + 1 < other < began
 
 
 def sum_of_columns():
