@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _fp32_is_fp32() -> None:
+    """On GPUs with TF32 too: trainers of oracles allow it for the whole process."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
 def _no_tokens_of_earlier_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Data sets are tokenised by each test anew."""
     from torchft.data import cache

@@ -8,7 +8,6 @@ from families import dense
 from oracles import violations
 from safetensors.torch import load_file, save_file
 from tiny import checkpoint, edit_config, tokens, transformers_model
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor
 from vocabularies import byte_level, write
 
 from torchft import models
@@ -36,8 +35,9 @@ def folder(tmp_path):
 
 def test_codes_are_torchaos():
     """Two in a byte; but for values near the middle of two, as torchao has its codebook to four digits."""
+    theirs_from = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", reason="torchao 0.18")
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    theirs = NF4Tensor.from_tensor(weight, 64, 256)
+    theirs = theirs_from.NF4Tensor.from_tensor(weight, 64, 256)
     parts = quantised("w", weight)
     codes, wanted = (torch.stack((b >> 4, b & 15)).int() for b in (parts["w"].view(-1), theirs.quantized_data.view(-1)))
     assert (codes - wanted).abs().max() <= 1 and (codes != wanted).float().mean() < 1e-3

@@ -77,7 +77,7 @@ class LoRAExperts(Experts):
         inner = pick(first.scaling * inner.view(t * e, r), cells)  # [n, r]
         gate_up = first.multiply(spread(x, routes), first.weight, offsets)  # [n, 2 f]
         adapters = first.lora_b.to(x.dtype), second.lora_a.to(x.dtype)
-        h, down_inner = expert_swiglu(gate_up, inner, *adapters, spread(weights.reshape(-1, 1), routes), offsets)
+        h, down_inner = expert_swiglu(gate_up, inner, *adapters, pick(weights.reshape(-1, 1), routes.order), offsets)
         out = collect(second.multiply(h, second.weight, offsets), routes, num_tokens=t)  # [t, d]
         down_inner = put(second.scaling * down_inner, cells, num_cells=t * e).view(t, e * r)
         return out + down_inner @ second.lora_b.to(x.dtype).mT.flatten(0, 1)

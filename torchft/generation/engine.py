@@ -118,15 +118,16 @@ class Engine:
         updates = self._fill()
         if not self._running:
             return updates
+        steps = min(self._steps, max(r.most(self.max_len) - r.count for r in self._running.values()))
         longest = max(len(r.request.prompt) + r.count for r in self._running.values())
-        seen = _power_of_two(longest + self._steps, most=self.max_len)
+        seen = _power_of_two(longest + steps, most=self.max_len)
         used = self.num_slots if self._compiled else max(self._running) + 1
         rows = _power_of_two(used, most=self.num_slots)
         filtered = self._is_filtered()
         self._slots.cache.see(seen)
         step = partial(self._slots.step, rows, filtered=filtered)
         with self._compiled.used() if self._compiled else nullcontext():
-            for _ in range(self._steps):
+            for _ in range(steps):
                 if self._graphs is None:
                     step()
                 else:
@@ -147,18 +148,14 @@ class Engine:
         starts: list[Start] = []
         while self._queue and len(starts) < len(free):
             number, request = self._queue.popleft()
-            length = len(request.prompt)
-            if length >= self.max_len:
+            if len(request.prompt) >= self.max_len:
                 refused.append(Update(number, [], [], "too_long"))
                 self._count("too_long")
                 continue
             slot = free[len(starts)]
-            self._running[slot] = Running(number=number, request=request)
-            limit = min(length + request.sampling.max_new_tokens, self.max_len)
-            start = Start(
-                slot=slot, prompt=tuple(request.prompt), sampling=request.sampling, seed=request.seed, limit=limit
-            )
-            starts.append(start)
+            running = self._running[slot] = Running(number=number, request=request)
+            prompt, limit = tuple(request.prompt), len(request.prompt) + running.most(self.max_len)
+            starts.append(Start(slot=slot, prompt=prompt, sampling=request.sampling, seed=request.seed, limit=limit))
         filtered = self._is_filtered()
         for length, prompts in self._prefills(starts):
             held = set(prompts)

@@ -46,6 +46,10 @@ class Running:
     tokens: list[int] = field(default_factory=list)
     count: int = 1  # tokens drawn; the prefill draws the first
 
+    def most(self, max_len: int) -> int:
+        """Tokens that it may come to have, of a slot for ``max_len`` with its prompt."""
+        return min(self.request.sampling.max_new_tokens, max_len - len(self.request.prompt))
+
     @property
     def is_watched(self) -> bool:
         return self.request.is_streamed or bool(self.request.sampling.stop)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchft.modules.grouped import Routes, StackedLinear, collect, spread
+from torchft.modules.grouped import Routes, StackedLinear, collect, pick, spread
 from torchft.modules.routers import Router
 from torchft.token_shards import gather, sum_parts
 
@@ -61,7 +61,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, routes: Routes) -> Tensor:
         """The weighted sum of each token's experts: x [t, d], weights [t, k] -> [t, d]."""
-        rows, scale = spread(x, routes), spread(weights.reshape(-1, 1), routes)  # [n, d], [n, 1]
+        rows, scale = spread(x, routes), pick(weights.reshape(-1, 1), routes.order)  # [n, d], [n, 1]
         if self.weighs_input:
             rows = self.down_proj(self.act(self.gate_up_proj(rows * scale, routes.offsets)), routes.offsets)
         else:
@@ -129,9 +129,9 @@ class MoE(nn.Module):
             x, weights, chosen = shards.of_all(x), shards.of_all(weights), shards.of_all(chosen)
             chosen = (chosen - shards.rank * (num_experts // shards.size)) % num_experts
             num_experts //= shards.size
-        experts, order = chosen.flatten().sort(stable=True)  # [n]
+        experts, order = chosen.flatten().to(torch.int16).sort(stable=True)  # [n]; a radix sort passes over each byte
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # its inverse
-        every = torch.arange(num_experts, device=x.device)
+        every = torch.arange(num_experts, dtype=experts.dtype, device=x.device)
         offsets = torch.searchsorted(experts, every, right=True, out_int32=True)
         out = self.experts(x, weights, Routes(order, place, offsets, experts if shards is None else None))
         return out if shards is None else shards.sum_own(out)

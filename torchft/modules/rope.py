@@ -152,10 +152,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 
     Channel i goes with i + r / 2 (the Hub's convention), or with its neighbour if ``interleaved``.
     """
-    dim = 2 * cos.shape[-1]
-    x1, x2 = x[..., :dim].float().unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
-    pairs = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
-    rotated = (torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)).type_as(x)
+    dim, pair = 2 * cos.shape[-1], -1 if interleaved else -2
+    y = x[..., :dim].float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    # One expression for both channels of a pair: of two, concatenated, the compiler makes kernels that each read x.
+    rotated = y * cos.unsqueeze(pair) + y.flip(pair) * torch.stack((-sin, sin), dim=pair)
+    rotated = rotated.flatten(-2).type_as(x)
     return rotated if dim == x.shape[-1] else torch.cat((rotated, x[..., dim:]), dim=-1)
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchft.kernels.top_k import top_k
+
 
 class Router(nn.Module):
     """A logit per expert, [t, d] -> [t, e]. A kind of router says how experts are chosen by them.
@@ -43,7 +45,7 @@ class SoftmaxRouter(Router):
         self.renormalises = renormalises
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, chosen = logits.float().softmax(-1).topk(self.top_k, dim=-1)
+        weights, chosen = top_k(logits.float().softmax(-1), self.top_k)
         return weights / weights.sum(-1, keepdim=True) if self.renormalises else weights, chosen
 
 
@@ -51,7 +53,7 @@ class ChosenSoftmaxRouter(Router):
     """Softmax over the k largest logits only, after they are chosen (gpt-oss)."""
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        best, chosen = logits.float().topk(self.top_k, dim=-1)
+        best, chosen = top_k(logits.float(), self.top_k)
         return best.softmax(-1), chosen
 
 
@@ -59,7 +61,7 @@ class SigmoidRouter(Router):
     """A sigmoid of each of the k largest logits (Llama 4, with k = 1)."""
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        best, chosen = logits.float().topk(self.top_k, dim=-1)
+        best, chosen = top_k(logits.float(), self.top_k)
         return best.sigmoid(), chosen
 
 
@@ -94,7 +96,7 @@ class GroupedRouter(Router):
             best = groups.topk(2, dim=-1)[0].sum(-1).topk(self.top_groups, dim=-1)[1]  # [t, top groups]
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             corrected = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
-        chosen = corrected.topk(self.top_k, dim=-1)[1]
+        chosen = top_k(corrected, self.top_k)[1]
         weights = scores.gather(1, chosen)
         if self.renormalises:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

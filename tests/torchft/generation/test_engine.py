@@ -252,6 +252,17 @@ def test_a_compiled_engine_and_training_leave_each_other_alone(trains_compiled):
     assert all((layer._compiled_call_impl is not None) == trains_compiled for layer in model.layers)
 
 
+@pytest.mark.parametrize(("new", "steps"), [(1, 0), (4, 3), (40, 39)])
+def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch):
+    """Between two checks on a GPU there are many; the prefill draws the first token."""
+    runs, taken = engine(model, stop_ids=()), []
+    monkeypatch.setattr(runs, "_steps", 16)
+    monkeypatch.setattr(runs._slots, "step", lambda *a, step=runs._slots.step, **b: taken.append(1) or step(*a, **b))
+    found = runs.complete(requests(PROMPTS[:3], max_new_tokens=new))
+    assert [len(c.tokens) for c in found] == [new] * 3
+    assert len(taken) == steps
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_of_every_family_is_one_graph(case, tmp_path):
     """Nothing in it makes the compiler give up, and layers of a kind share theirs."""
