@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 from letters import write_jsonl
 from processes import run_ranks
 from recipe_runs import load_recipe
@@ -49,9 +50,13 @@ def test_an_ended_run_goes_on_with_the_same_answers(tmp_path, monkeypatch):
     assert generate(parts, *options) == whole and not (parts / "a.jsonl.partial").exists()
 
 
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
 @pytest.mark.parametrize("way", [[], ["parallel.tp=2"]])
-def test_ranks_give_what_one_process_gives(tmp_path, way):
-    options = ["num_samples=2", "sampling.temperature=3.0"]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_ranks_give_what_one_process_gives(tmp_path, way, device):
+    options = ["num_samples=2", "sampling.temperature=3.0", f"device={device}"]
     alone = generate(tmp_path, *options)
     (tmp_path / "ranks").mkdir()
     run_ranks(part, 2, tmp_path / "ranks", [*options, *way])
