@@ -179,6 +179,8 @@ def _full_layers(json: dict[str, Any], full: list[int], shares: bool) -> tuple[i
     if layers is None:  # as released
         few = optional(json, "num_global_key_value_heads", int)
         return few if shares else None, field(json, "global_head_dim", int, default=512)
+    if layers == {}:
+        return None, field(json, "head_dim", int, default=256)  # no layer differs
     found = [layers.get(str(i)) for i in full] if isinstance(layers, dict) else [None]
     first = found[0]
     if len(layers) != len(full) or first is None or any(other != first for other in found):

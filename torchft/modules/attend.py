@@ -59,7 +59,7 @@ def _dense(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, h, s, c]
     if k.shape[1] != q.shape[1]:  # enable_gqa would do the same, and keep fp32 from the kernel that saves memory
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    # Compiled, one query may have any stride along s, of which it has one; SDPA's kernels on GPUs take few (torch 2.11).
+    # Compiled, one query may have any stride along s; SDPA's kernels on GPUs take few (torch 2.11).
     is_one_on_gpu = q.is_cuda and q.shape[2] == 1
     if soft_cap is None and sinks is None and not is_one_on_gpu:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchft.kernels.one_query import fills, one_query
+
 aten = torch.ops.aten
 
 
@@ -113,6 +115,8 @@ def cached_attention(
     """Of one query per row, q [b, 1, h, c], over the first ``lengths`` [b] int32 slots of k, v [b, slots, k, c], of
     which the last is its own -> [b, 1, h, c]. ``cu_seqlens``, ``cu_seqlens_k`` [b + 1] int32: multiples of 1 and of
     slots, made once for all layers. ``window`` and ``sinks`` as in `fused_attention`. Without gradient."""
+    if fills(q, k):
+        return one_query(q, k, v, lengths, scale, window, sinks)
     # Not "causal", which says nothing new of a last query: only then the kernel reads keys once for all heads that
     # share them, and splits long rows.
     left, right = (-1, -1) if window is None else (window - 1, 0)

@@ -79,7 +79,8 @@ class Recorded:
         self.turn = 0  # number of the forward whose activations are in memory
         self.x = x.detach().clone().requires_grad_()
         self.positions = None if positions is None else positions.clone(memory_format=torch.contiguous_format)
-        self.grad = torch.zeros_like(self.x)  # of the hidden states
+        # Of the hidden states. Embeddings may be wider: with what every layer adds of a token's own (Gemma 4 E4B).
+        self.grad = x.new_zeros(*x.shape[:-1], model.embed_tokens.weight.shape[1])
         self.params = [p for part in (model.layers, model.norm) for p in part.parameters() if p.requires_grad]
         self.grads = [torch.zeros_like(p) for p in self.params] if grads is None else grads
         with torch.random.fork_rng([x.device]), _aliased(model, self.params, self.grads):

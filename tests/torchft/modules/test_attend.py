@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchft.documents import Documents
+from torchft.kernels import one_query
 from torchft.modules import attend as attend_file
 from torchft.modules import masks
 from torchft.modules.attend import attend
@@ -257,9 +258,12 @@ def test_kernels_on_gpu(monkeypatch, device, layout, kernel, c, groups):
 
 
 @pytest.mark.parametrize("device", [GPU])
-@pytest.mark.parametrize(("groups", "c"), [(1, 64), (4, 128), (8, 64), (4, 192), (6, 256)])
+@pytest.mark.parametrize(("groups", "c"), [(1, 64), (4, 128), (8, 64), (4, 192), (6, 256), (20, 96)])
 @pytest.mark.parametrize("way", IN_CACHE)
-def test_one_query_of_a_cache_on_gpu(device, way, groups, c):
+@pytest.mark.parametrize("full", [False, True])
+def test_one_query_of_a_cache_on_gpu(device, way, groups, c, full, monkeypatch):
+    """By the kernel for a few rows, which splits them, and by that for many."""
+    monkeypatch.setattr(one_query, "PROGRAMS", 0 if full else 1)
     shape = {"groups": groups, "heads": 4 * groups, "c": c, "slots": 1000}
     assert cached_errors(WAYS[way], dtype=torch.bfloat16, device=device, **shape) < BARS[torch.bfloat16]
 
