@@ -1,12 +1,9 @@
 """Replayed micro-steps: the same losses and gradients as launched ones, whatever the optimizer does with gradients."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
-from families import CASES
-from tiny import transformers_model
 
 from torchft import models
 from torchft.adapters.fp8 import FP8Config, apply_fp8
@@ -37,8 +34,24 @@ SIZES = {
 }
 
 # Gemma 4's, whose embeddings are wider than its hidden states.
-WIDE = {"vocab_size": 512, "vocab_size_per_layer_input": 512, "head_dim": 64, "global_head_dim": 64}
-ELASTIC = json.loads(transformers_model(**CASES["gemma4_e4b"] | WIDE).config.to_json_string())
+ELASTIC = {key: value for key, value in SIZES.items() if key not in ("hidden_act", "rope_theta")} | {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", *["full_attention"] * 3],
+    "sliding_window": 48,
+    "head_dim": 64,
+    "global_head_dim": 64,
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 512,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
