@@ -3,8 +3,8 @@
     engine = Engine(model, num_slots=64, max_len=1024, stop_ids=tokenizer.stop_ids)
     completions = engine.complete([Request(prompt=tokens, sampling=Sampling(), seed=i) for i, tokens in enumerate(...)])
 
-A slot that ends is filled with the next request at the next check, every few steps. Weights are the model's own, with
-their adapters: what training changes, the next step uses.
+A slot that ends is filled with the next request a few steps later: the device goes on while the host looks. Weights are
+the model's own, with their adapters: what training changes, the next step uses.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 
 from torchft.generation.compiled import CompiledStep
 from torchft.generation.cuda_graphs import Graphs
+from torchft.generation.looks import Look, Reader
 from torchft.generation.narrow_adapters import NarrowAdapters
 from torchft.generation.requests import Completion, Finish, Request, Running, Update
 from torchft.generation.slots import Slots, Start
@@ -24,7 +25,7 @@ from torchft.modules.decoder import Decoder
 
 PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
 SHORTEST = 16  # tokens of the smallest prefill
-STEPS_PER_CHECK = {"cuda": 8}  # between looks at what has ended, each of which waits for the device; elsewhere 1
+STEPS_PER_LOOK = {"cuda": 4}  # at what has ended; launching that many hides the look before. Elsewhere 1
 
 
 class Engine:
@@ -55,7 +56,7 @@ class Engine:
         self.num_finished: dict[str, int] = {}  # how requests ended, counted
         self._stop_ids, self._decode = frozenset(stop_ids), decode
         device = model.embed_tokens.weight.device
-        self._steps = STEPS_PER_CHECK.get(device.type, 1)
+        self._steps = STEPS_PER_LOOK.get(device.type, 1)
         self._slots = Slots(
             model,
             num_slots=num_slots,
@@ -63,6 +64,8 @@ class Engine:
             stop_ids=tuple(stop_ids),
             vocab_size=vocab_size or model.config.vocab_size,
         )
+        self._reader = Reader(self._slots)
+        self._last: Look | None = None  # taken behind the steps that may be running
         self._graphs = Graphs(self._slots.moved) if self._slots.replays else None
         self._adapters = NarrowAdapters(model)
         self._compiled = CompiledStep(model, self._slots, backend=compile) if compile else None
@@ -119,6 +122,15 @@ class Engine:
         if not self._running:
             return updates
         steps = min(self._steps, max(r.most(self.max_len) - r.count for r in self._running.values()))
+        self._take(max(steps, 0))
+        last, self._last = self._last, None
+        look: Look | None = self._reader.look(self._running)
+        if self._reader.is_apart and steps > 0:
+            look, self._last = last, look
+        return updates + (self._collect(look) if look else [])
+
+    def _take(self, steps: int) -> None:
+        """Queue ``steps`` tokens for every slot. A request that is done draws none, which the next looks tell."""
         longest = max(len(r.request.prompt) + r.count for r in self._running.values())
         seen = _power_of_two(longest + steps, most=self.max_len)
         used = self.num_slots if self._compiled else max(self._running) + 1
@@ -132,12 +144,14 @@ class Engine:
                     step()
                 else:
                     self._graphs.run((rows, seen, filtered, self._slots.seen is None), step)
-        return updates + self._collect()
+        for running in self._running.values():
+            running.count += steps
 
     def release(self) -> None:
         """Free the cache; the next request makes it anew. For the time in which the model trains."""
         assert self.is_idle
         self._slots.release()
+        self._last = None
         self._adapters = NarrowAdapters(self.model)
         self._graphs = Graphs(self._slots.moved) if self._graphs else None
 
@@ -175,18 +189,15 @@ class Engine:
             for i in range(0, len(prompts), most):
                 yield length, prompts[i : i + most]
 
-    def _collect(self) -> list[Update]:
-        """What is new in the slots; waits for the device, once if nothing is."""
-        slots, updates = self._slots, []
-        counts, done = torch.stack((slots.count, slots.is_done.long())).tolist()
-        wanted = [s for s, r in self._running.items() if done[s] or r.is_watched]
-        for slot, running in self._running.items():
-            running.count = counts[slot]
+    def _collect(self, look: Look) -> list[Update]:
+        """What is new in the slots since the look before."""
+        updates = []
+        counts, done = self._reader.progress(look)
+        same = {slot: running for slot, running in look.running.items() if self._running.get(slot) is running}
+        wanted = [slot for slot, running in same.items() if done[slot] or running.is_watched]
         if not wanted:
             return []
-        index = torch.tensor(wanted, device=slots.token.device)
-        most = max(counts[slot] for slot in wanted)
-        answers, logps = slots.answers[index, :most].tolist(), slots.logps[index, :most].tolist()
+        answers, logps = self._reader.answers(look, wanted, most=max(counts[slot] for slot in wanted))
         for slot, answer, logp in zip(wanted, answers, logps):
             running, count = self._running[slot], counts[slot]
             old = len(running.tokens)

@@ -44,7 +44,7 @@ class Running:
     number: int
     request: Request
     tokens: list[int] = field(default_factory=list)
-    count: int = 1  # tokens drawn; the prefill draws the first
+    count: int = 1  # tokens drawn by what is queued, if it has not ended; the prefill draws the first
 
     def most(self, max_len: int) -> int:
         """Tokens that it may come to have, of a slot for ``max_len`` with its prompt."""

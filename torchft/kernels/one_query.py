@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE, LAUNCH = 64, {"num_warps": 4, "num_stages": 2}  # keys that a program looks at together
+TILE, LAUNCH = 64, {"num_warps": 4, "num_stages": 3}  # keys that a program looks at together
 PROGRAMS = 2  # per multiprocessor that are enough; with fewer, long rows had better be split
 
 kernels: dict[str, Any] = {}  # compiled on first use: triton exists on machines with a GPU only

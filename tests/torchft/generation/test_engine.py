@@ -252,6 +252,28 @@ def test_a_compiled_engine_and_training_leave_each_other_alone(trains_compiled):
     assert all((layer._compiled_call_impl is not None) == trains_compiled for layer in model.layers)
 
 
+def test_looks_that_lag_behind_find_the_same(model, monkeypatch):
+    """As on a GPU, where the next steps are queued before the look behind the last ones is read."""
+
+    def decode(ids):
+        return "".join(chr(65 + i % 26) for i in ids)
+
+    asked = [replace(r, is_streamed=i % 2 == 0) for i, r in enumerate(requests(stop=("QX", "B")))]
+    want = engine(model, decode=decode).complete(asked)
+    runs = engine(model, decode=decode)
+    monkeypatch.setattr(runs, "_steps", 4)
+    monkeypatch.setattr(runs._reader, "is_apart", True)
+    streamed = []
+    advance = runs.advance
+    monkeypatch.setattr(runs, "advance", lambda: streamed.append(advance()) or streamed[-1])
+    found = runs.complete(asked)
+    assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in want]
+    for ours, theirs in zip(found, want):
+        assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)
+    assert len({len(c.tokens) for c in want}) > 3
+    assert sum(number == 0 for window in streamed for number, *_ in window) > 1  # in parts
+
+
 @pytest.mark.parametrize(("new", "steps"), [(1, 0), (4, 3), (40, 39)])
 def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch):
     """Between two checks on a GPU there are many; the prefill draws the first token."""
