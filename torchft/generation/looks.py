@@ -1,4 +1,4 @@
-"""Looks at the slots that do not hold the device up: what was asked for before the next steps is read while they run."""
+"""Looks at the slots that do not hold the device up: what was asked for before the next steps is read as they run."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

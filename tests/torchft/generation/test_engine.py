@@ -1,5 +1,6 @@
 """The engine against transformers' generate and our own training forward, with few slots for many requests."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -271,7 +272,7 @@ def test_looks_that_lag_behind_find_the_same(model, monkeypatch):
     for ours, theirs in zip(found, want):
         assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)
     assert len({len(c.tokens) for c in want}) > 3
-    assert sum(number == 0 for window in streamed for number, *_ in window) > 1  # in parts
+    assert max(Counter(number for window in streamed for number, *_ in window).values()) > 1  # in parts
 
 
 @pytest.mark.parametrize(("new", "steps"), [(1, 0), (4, 3), (40, 39)])
