@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
+from torchft.cuda_graphs import Graphs
 from torchft.generation.compiled import CompiledStep
-from torchft.generation.cuda_graphs import Graphs
 from torchft.generation.looks import Look, Reader
 from torchft.generation.narrow_adapters import NarrowAdapters
 from torchft.generation.requests import Completion, Finish, Request, Running, Update

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchft.generation.cuda_graphs import Graphs
+from torchft.cuda_graphs import Graphs
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.kv_cache import KVCache
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchft.generation.cuda_graphs import Graphs
+from torchft.cuda_graphs import Graphs
 from torchft.generation.prefill import Prefill
 from torchft.generation.sampling import Rules, Sampling, rules, sample
 from torchft.modules.decoder import Decoder, Project

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from torchft.config import Range
+from torchft.cuda_graphs import forget_all
 from torchft.errors import LostContact, UserError
 from torchft.token_shards import TokenShards
 from torchft.training import fault
@@ -195,6 +196,7 @@ def init(config: ParallelConfig, *, device: str = "auto", debug_dir: Path | None
         raise
     finally:
         watch.close()
+    forget_all()
     dist.destroy_process_group()  # after an error it might wait for ranks that never come; the process ends anyway
 
 

@@ -6,8 +6,8 @@ from families import dense, experts
 from tiny import transformers_model
 
 from torchft import models
+from torchft.cuda_graphs import Graphs
 from torchft.generation import prefill
-from torchft.generation.cuda_graphs import Graphs
 from torchft.generation.engine import Engine
 from torchft.generation.prefill import Prefill
 from torchft.generation.requests import Request

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from torchft import ranks
+from torchft.cuda_graphs import Graphs
 from torchft.errors import UserError
 from torchft.training import distributed
 from torchft.training.distributed import SUM_IN_FP32, ParallelConfig, degrees, frozen_weights, sum_gradients
@@ -115,6 +116,23 @@ def test_no_rank_begins_before_all_are_connected():
     """So that one that is refused at once does not leave while others connect to it."""
     (own, began), (other, _) = run_ranks(connected_late, 2)
     assert own + 1 < other < began
+
+
+def graphs_at_the_end():
+    """How many graphs there were when the process group was destroyed, of those that were in use until the end."""
+    torch.cuda.graph_pool_handle = lambda: (0, 0)  # which CPU builds of torch do not have
+    graphs, left = Graphs(list), []
+    graphs._graphs["a step"] = object()
+    destroy = distributed.dist.destroy_process_group
+    distributed.dist.destroy_process_group = lambda: (left.append(len(graphs._graphs)), destroy())
+    with distributed.init(ParallelConfig(), device="cpu"):
+        before = len(graphs._graphs)
+    return before, left
+
+
+def test_no_graph_outlives_its_process_group():
+    """NCCL would wait for it."""
+    assert run_ranks(graphs_at_the_end, 2) == [(1, [0])] * 2
 
 
 def sum_of_columns():
