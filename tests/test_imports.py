@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOUNDATION = {
-    "errors", "names", "files", "redact", "registry", "shipped", "ranks", "token_shards", "documents", "compiling", "cuda_graphs",
-    "config", "config_types", "config_yaml", "config_load", "config_override",
+    "errors", "names", "files", "redact", "registry", "shipped", "ranks", "token_shards", "documents", "compiling",
+    "cuda_graphs", "config", "config_types", "config_yaml", "config_load", "config_override",
 }  # fmt: skip
 ALLOWED = {  # part of torchft -> the parts that it may import
     **dict.fromkeys(FOUNDATION, FOUNDATION),
