@@ -108,6 +108,7 @@ class Engine:
                 if finish:
                     ends[number] = finish
         self.model.train(was_training)
+        self._settle()
         return [Completion(tokens=found[n][0], logps=found[n][1], finish=ends[n]) for n in numbers]
 
     @torch.no_grad()
@@ -144,14 +145,20 @@ class Engine:
                     step()
                 else:
                     self._graphs.run((rows, seen, filtered, self._slots.seen is None), step)
-        for running in self._running.values():
-            running.count += steps
+                for running in self._running.values():
+                    running.count += 1
+
+    def _settle(self) -> None:
+        """Wait for steps that were queued before the end was known: whoever comes next may free what they read."""
+        if self._last is not None:
+            self._reader.progress(self._last)
+        self._last = None
 
     def release(self) -> None:
         """Free the cache; the next request makes it anew. For the time in which the model trains."""
         assert self.is_idle
+        self._settle()
         self._slots.release()
-        self._last = None
         self._adapters = NarrowAdapters(self.model)
         self._graphs = Graphs(self._slots.moved) if self._graphs else None
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchft.generation.requests import Running
+from torchft.generation.send import send
 from torchft.generation.slots import Slots
 
 
@@ -35,7 +36,7 @@ class Reader:
         host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
         host.copy_(state, non_blocking=True)
         taken = torch.cuda.Event()
-        taken.record()
+        taken.record(torch.cuda.current_stream(state.device))
         return Look(host, taken, dict(running))
 
     def progress(self, look: Look) -> tuple[list[int], list[int]]:
@@ -51,5 +52,5 @@ class Reader:
         with beside:
             if self._stream and look.taken:
                 self._stream.wait_event(look.taken)
-            index = torch.tensor(slots, device=self._slots.token.device)
+            index = send(slots, device=self._slots.token.device)
             return self._slots.answers[index, :most].tolist(), self._slots.logps[index, :most].tolist()

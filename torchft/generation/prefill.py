@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchft.cuda_graphs import Graphs
+from torchft.generation.send import send
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.kv_cache import KVCache
 
@@ -38,8 +39,8 @@ class Prefill:
         is_small = shape[0] * length <= GRAPH_TOKENS and shape[0] <= GRAPH_ROWS
         replays = shape in self._met
         rows = [*prompts, *[(0,)] * (shape[0] - len(prompts))] if replays else prompts
-        tokens = torch.tensor([[*p, *[0] * (length - len(p))] for p in rows], device=device)
-        lengths = torch.tensor([len(p) for p in rows], device=device)
+        tokens = send([[*p, *[0] * (length - len(p))] for p in rows], device=device)
+        lengths = send([len(p) for p in rows], device=device)
         if self.graphs and replays:
             own = self._inputs.setdefault(shape, (tokens.clone(), lengths.clone()))
             own[0].copy_(tokens)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchft.config import Range
 from torchft.errors import UserError
+from torchft.generation.send import send
 
 HALVINGS = 32  # of the range of a row's logits, in the search for a threshold: below fp32's own steps
 
@@ -61,7 +62,7 @@ class Rules(NamedTuple):
 
 def rules(samplings: list[Sampling], seeds: list[int], *, vocab_size: int, device: torch.device) -> Rules:
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return send(values, dtype=torch.float32, device=device)
 
     return Rules(
         penalty=column([s.repetition_penalty for s in samplings]),
@@ -69,7 +70,7 @@ def rules(samplings: list[Sampling], seeds: list[int], *, vocab_size: int, devic
         top_k=column([float(s.top_k or vocab_size) for s in samplings]),
         top_p=column([s.top_p for s in samplings]),
         min_p=column([s.min_p for s in samplings]),
-        seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+        seed=send(seeds, dtype=torch.int64, device=device),
     )
 
 

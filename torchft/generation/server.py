@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat; Starlette and uvicorn come 
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +22,8 @@ from torchft.generation.sampling import sampling_of
 from torchft.generation.text import TextStream
 from torchft.generation.worker import Worker
 from torchft.tokenizers.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 FINISH = {"stop": "stop", "length": "length"}  # OpenAI's words; what is not here is an error
 MAX_BODY = 16 * 2**20  # bytes of a request
@@ -197,6 +200,9 @@ async def _events(about: Json, choices: list[_Choice], *, is_chat: bool, usage: 
                 merged.put_nowait((i, piece, finish))
         except Refused as e:
             merged.put_nowait(e)
+        except Exception as e:  # or the client would wait for ever
+            log.exception("an answer has failed")
+            merged.put_nowait(Refused(str(e), 500))
 
     def event(i: int, piece: str, finish: Finish | None, *, is_first: bool) -> str:
         delta = ({"role": "assistant"} if is_first else {}) | {"content": piece}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchft.cuda_graphs import Graphs
 from torchft.generation.prefill import Prefill
 from torchft.generation.sampling import Rules, Sampling, rules, sample
+from torchft.generation.send import send
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.grouped import waits_for_host
 from torchft.modules.kv_cache import KVCache
@@ -61,23 +62,23 @@ class Slots:
         ``length`` tokens; and the first token of every answer is drawn."""
         device = self.token.device
         logits, cache = self.prompts(prompts, length=length)  # [prompts, v]
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        lengths = send([len(p) for p in prompts], device=device)
         place = {prompt: i for i, prompt in enumerate(prompts)}
-        source = torch.tensor([place[start.prompt] for start in starts], device=device)
-        slots = torch.tensor([start.slot for start in starts], device=device)
+        source = send([place[start.prompt] for start in starts], device=device)
+        slots = send([start.slot for start in starts], device=device)
         self.cache.copy_rows(cache, source, slots, num_rows=self.num_slots)
 
         new = rules([s.sampling for s in starts], [s.seed for s in starts], vocab_size=self.vocab_size, device=device)
         for column, values in zip(self.rules, new):
             column[slots] = values
         self.length[slots] = lengths[source]
-        self.limit[slots] = torch.tensor([start.limit for start in starts], device=device)
+        self.limit[slots] = send([start.limit for start in starts], device=device)
         self.count[slots], self.is_done[slots] = 0, False
         if any(start.sampling.repetition_penalty != 1.0 for start in starts) and self.seen is None:
             self.seen = torch.zeros(self.num_slots, logits.shape[1], dtype=torch.bool, device=device)
         if self.seen is not None:
             held = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=device)
-            tokens = torch.tensor([[*p, *[p[0]] * (length - len(p))] for p in prompts], device=device)
+            tokens = send([[*p, *[p[0]] * (length - len(p))] for p in prompts], device=device)
             held.scatter_(1, tokens, True)
             self.seen[slots] = held[source]
         self._draw(logits[source], slots, filtered=filtered)

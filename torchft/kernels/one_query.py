@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE, LAUNCH = 64, {"num_warps": 4, "num_stages": 3}  # keys that a program looks at together
+TILE, LAUNCH = 64, {"num_warps": 4, "num_stages": 3}  # keys that a program looks at together: 70 KiB of shared memory
+WIDE = 128  # channels beyond which fewer keys are held at once: GPUs that are no data centre's share 99 KiB
+WIDE_TILE, WIDE_LAUNCH = 32, {"num_warps": 4, "num_stages": 2}
 PROGRAMS = 2  # per multiprocessor that are enough; with fewer, long rows had better be split
 
 kernels: dict[str, Any] = {}  # compiled on first use: triton exists on machines with a GPU only
@@ -34,10 +36,11 @@ def one_query(
     (b, slots, heads, c), group = k.shape, q.shape[2] // k.shape[2]
     assert v.shape == k.shape and k.stride() == v.stride() and k.stride(3) == 1
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    padded = max(16, 1 << (group - 1).bit_length()), 1 << (c - 1).bit_length()  # matrix units take no fewer rows
+    padded = tuple(max(16, 1 << (size - 1).bit_length()) for size in (group, c))  # matrix units take no fewer
+    tile, launch = (TILE, LAUNCH) if c <= WIDE else (WIDE_TILE, WIDE_LAUNCH)
     _kernels()["attend"][(b, heads)](
         q, k, v, lengths, sinks, out, scale * 1.4426950408889634, window or slots, *k.stride()[:3],
-        heads, group, c, *padded, TILE, sinks is not None, **LAUNCH,
+        heads, group, c, *padded, tile, sinks is not None, **launch,
     )  # fmt: skip
     return out
 

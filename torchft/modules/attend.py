@@ -59,9 +59,10 @@ def _dense(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, h, s, c]
     if k.shape[1] != q.shape[1]:  # enable_gqa would do the same, and keep fp32 from the kernel that saves memory
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    # Compiled, one query may have any stride along s; SDPA's kernels on GPUs take few (torch 2.11).
-    is_one_on_gpu = q.is_cuda and q.shape[2] == 1
-    if soft_cap is None and sinks is None and not is_one_on_gpu:
+    if soft_cap is None and sinks is None:
+        # Compiled, one query may have any stride along s; SDPA's kernels on GPUs take few (torch 2.11).
+        if q.is_cuda and q.shape[2] == 1 and torch.compiler.is_compiling():
+            return one_query(q, k, v, mask, scale).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return out.transpose(1, 2)
     scores = (q @ k.transpose(-1, -2)).float() * scale  # [b, h, s, t]
@@ -75,6 +76,16 @@ def _dense(
         scores = torch.cat((scores, sinks.float()[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
     probs = scores.softmax(-1)[..., : k.shape[2]]
     return (probs.to(v.dtype) @ v).transpose(1, 2)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [b, h, 1, c] over k, v [b, h, t, c] -> [b, h, 1, c], in fp32 and for the compiler, which makes each of the two
+    sums a kernel that reads keys or values once and writes no product."""
+    scores = (q.float() * k.float()).sum(-1) * scale  # [b, h, t]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, 0], float("-inf"))
+    probs = scores.softmax(-1)
+    return (probs[..., None] * v.float()).sum(2, keepdim=True).to(v.dtype)
 
 
 def _flex(

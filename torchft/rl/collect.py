@@ -189,7 +189,10 @@ class Rollouts:
 
         if isinstance(self._engine, Engine):
             with gathered(self._engine.model):
-                return answered()
+                found = answered()
+                if self._world.mesh:  # the next gathered weights lie elsewhere, where no recorded step looks
+                    self._engine.release()
+                return found
         self._engine.update()
         episodes, problem = list[Episode](), None
         try:

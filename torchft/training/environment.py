@@ -26,6 +26,8 @@ def pick_device(name: str, *, local_rank: int | None = None) -> torch.device:
         if local_rank is not None and device.type != "cpu":
             device = torch.device(device.type, local_rank)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are the current device's
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device: {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return device

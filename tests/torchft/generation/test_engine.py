@@ -268,6 +268,7 @@ def test_looks_that_lag_behind_find_the_same(model, monkeypatch):
     advance = runs.advance
     monkeypatch.setattr(runs, "advance", lambda: streamed.append(advance()) or streamed[-1])
     found = runs.complete(asked)
+    assert runs._last is None  # nothing runs on
     assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in want]
     for ours, theirs in zip(found, want):
         assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)

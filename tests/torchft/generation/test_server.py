@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -13,23 +14,35 @@ import uvicorn
 
 from torchft import shipped
 from torchft.generation.loaded import engine, load
+from torchft.generation.requests import Request
 from torchft.generation.server import app
 from torchft.generation.worker import Worker
 
 QUESTIONS = {'Repeat the word "hello".': "hello", "What is 3 plus 4?": "7", 'Write the word "abc" backwards.': "cba"}
 
 
+def started(*, num_slots=2):
+    model, tokenizer = load(shipped.config_path("demo/base"), dtype=torch.float32, device=torch.device("cpu"))
+    worker = Worker(engine(model, tokenizer, num_slots=num_slots, max_len=128))
+    worker.tokenizer = tokenizer
+    return worker
+
+
 @pytest.fixture(scope="module")
 def worker():
-    model, tokenizer = load(shipped.config_path("demo/base"), dtype=torch.float32, device=torch.device("cpu"))
-    worker = Worker(engine(model, tokenizer, num_slots=4, max_len=128))
-    worker.tokenizer = tokenizer
+    worker = started(num_slots=4)
     yield worker
     worker.close()
 
 
 @pytest.fixture(scope="module")
 def url(worker):
+    with served(worker) as address:
+        yield address
+
+
+@contextmanager
+def served(worker):
     config = uvicorn.Config(app(worker, worker.tokenizer, model="demo"), port=0, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -43,7 +56,11 @@ def url(worker):
 
 @pytest.fixture(scope="module")
 def client(url):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    return client_of(url)
+
+
+def client_of(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def ask(client, question, **options):
@@ -129,14 +146,47 @@ def test_a_client_that_leaves_frees_its_slot(client, worker):
     assert worker.engine.is_idle
 
 
-def test_an_engine_that_fails_is_told_to_all(worker, monkeypatch):
-    model, tokenizer = load(shipped.config_path("demo/base"), dtype=torch.float32, device=torch.device("cpu"))
-    broken = Worker(engine(model, tokenizer, num_slots=2, max_len=64))
-    monkeypatch.setattr(broken.engine, "advance", lambda: 1 / 0)
-    from torchft.generation.requests import Request
+@pytest.fixture
+def failing():
+    """A worker whose engine fails in a step, but not before ``go`` is set."""
+    broken = started()
+    broken.steps, broken.go = threading.Event(), threading.Event()
 
-    told = threading.Event()
-    broken.submit(Request(prompt=[1]), lambda update: told.set() if update is None else None)
-    assert told.wait(5) and isinstance(broken.error, ZeroDivisionError)
+    def advance():
+        broken.steps.set()
+        assert broken.go.wait(20)
+        return 1 / 0
+
+    broken.engine.advance = advance
+    return broken
+
+
+def test_an_engine_that_fails_is_told_to_all(failing):
+    """To a request that came while the step that failed was running, too."""
+    told = [threading.Event() for _ in range(2)]
+    cancel = failing.submit(Request(prompt=[1]), lambda update: told[0].set() if update is None else None)
+    assert failing.steps.wait(5)
+    failing.submit(Request(prompt=[1]), lambda update: told[1].set() if update is None else None)
+    failing.go.set()
+    assert all(event.wait(5) for event in told) and isinstance(failing.error, ZeroDivisionError)
     with pytest.raises(RuntimeError, match="engine has failed"):
-        broken.submit(Request(prompt=[1]), print)
+        failing.submit(Request(prompt=[1]), print)
+    cancel()  # does nothing
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_clients_of_an_engine_that_fails_do_not_wait(failing, streams):
+    with served(failing) as address:
+        threading.Timer(0.5, failing.go.set).start()
+        with pytest.raises(openai.APIError, match="engine has failed"):
+            list(ask(client_of(address), "Hi", stream=streams))
+
+
+def test_a_closed_worker_tells_those_who_wait():
+    own, told = started(), threading.Event()
+    own.engine.advance = lambda: time.sleep(0.1) or []
+    own.submit(Request(prompt=[1]), lambda update: told.set() if update is None else None)
+    own.close()
+    assert told.wait(5)
+    with pytest.raises(RuntimeError, match="was closed"):
+        own.submit(Request(prompt=[1]), print)

@@ -5,6 +5,7 @@ from functools import partial
 import cpu_kernels
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import distance
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,6 +187,17 @@ IN_CACHE = ["plain", "window", "window of one", "scale", "sinks", "window and si
 def test_one_query_of_a_cache(on_cpu, way):
     on_cpu("flash")
     assert cached_errors(WAYS[way]) < 2e-6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_in_sums_for_the_compiler(masked):
+    """In fp32, also where scores are large and keys bf16: as SDPA."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 64, generator=generator).bfloat16() for n in (1, 50, 50))
+    mask = torch.rand(2, 1, 1, 50, generator=generator) < 0.7 if masked else None
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=1.0)
+    got = attend_file.one_query(q, k, v, mask, 1.0)
+    assert (got.double() - want).norm() / want.norm() < 3e-3
 
 
 @pytest.mark.parametrize("way", ["cap", "cap, window", "cap, chunk, sinks", "window and sinks"])
