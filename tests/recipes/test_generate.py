@@ -4,9 +4,8 @@ import json
 import math
 
 import pytest
-import torch
 from letters import write_jsonl
-from processes import run_ranks
+from processes import TWO_GPUS, run_ranks
 from recipe_runs import load_recipe
 
 from torchft import shipped
@@ -48,9 +47,6 @@ def test_an_ended_run_goes_on_with_the_same_answers(tmp_path, monkeypatch):
     lines = (tmp_path / "whole" / "a.jsonl").read_text().splitlines(keepends=True)
     (parts / "a.jsonl.partial").write_text("".join(lines[:7]) + lines[7][:20])  # three prompts, and a torn one
     assert generate(parts, *options) == whole and not (parts / "a.jsonl.partial").exists()
-
-
-TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
 @pytest.mark.parametrize("way", [[], ["parallel.tp=2"]])

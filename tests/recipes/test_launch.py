@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from processes import TWO_GPUS
 from recipe_runs import rows
 
 from torchft.cli import run
@@ -23,7 +23,6 @@ from torchft.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 STEPS = ["max_steps=8", "epochs=20", "batch_size=1", "save_every=2", "export=[adapter]"]
 
 GOES_ON = r"going on after step\W+[24]"  # a rank that is killed in step 6 may have been writing step 4

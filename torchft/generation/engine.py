@@ -25,7 +25,7 @@ from torchft.modules.decoder import Decoder
 
 PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
 SHORTEST = 16  # tokens of the smallest prefill
-STEPS_PER_LOOK = {"cuda": 4}  # at what has ended; launching that many hides the look before. Elsewhere 1
+STEPS_PER_LOOK = {"cuda": 4}  # at what has ended, which is read while the next steps run; elsewhere 1
 
 
 class Engine:
@@ -122,11 +122,12 @@ class Engine:
         updates = self._fill()
         if not self._running:
             return updates
-        steps = min(self._steps, max(r.most(self.max_len) - r.count for r in self._running.values()))
-        self._take(max(steps, 0))
+        left = max(r.most(self.max_len) - r.count for r in self._running.values())
+        steps = max(0, min(self._steps, left))  # less than none is left of requests that are done and not looked at yet
+        self._take(steps)
         last, self._last = self._last, None
         look: Look | None = self._reader.look(self._running)
-        if self._reader.is_apart and steps > 0:
+        if self._reader.is_apart and steps:
             look, self._last = last, look
         return updates + (self._collect(look) if look else [])
 

@@ -21,6 +21,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Of equal values the first comes first, and NaN is the largest, on a GPU; as ``torch.topk`` does it elsewhere.
     """
     t, e = x.shape
+    assert k <= e, "fewer columns than are to be chosen"
     if not x.is_cuda or x.dtype != torch.float32 or not 0 < e <= MAX_COLUMNS:
         values, columns = x.topk(k, dim=-1)
         return values, columns

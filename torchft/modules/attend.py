@@ -62,7 +62,7 @@ def _dense(
     if soft_cap is None and sinks is None:
         # Compiled, one query may have any stride along s; SDPA's kernels on GPUs take few (torch 2.11).
         if q.is_cuda and q.shape[2] == 1 and torch.compiler.is_compiling():
-            return one_query(q, k, v, mask, scale).transpose(1, 2)
+            return one_query_in_sums(q, k, v, mask, scale).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return out.transpose(1, 2)
     scores = (q @ k.transpose(-1, -2)).float() * scale  # [b, h, s, t]
@@ -78,7 +78,7 @@ def _dense(
     return (probs.to(v.dtype) @ v).transpose(1, 2)
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def one_query_in_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """q [b, h, 1, c] over k, v [b, h, t, c] -> [b, h, 1, c], in fp32 and for the compiler, which makes each of the two
     sums a kernel that reads keys or values once and writes no product."""
     scores = (q.float() * k.float()).sum(-1) * scale  # [b, h, t]

@@ -15,7 +15,8 @@ TORCHFT = version("torchft-recipes")
 
 
 def pick_device(name: str, *, local_rank: int | None = None) -> torch.device:
-    """The device of that name, or for "auto" the accelerator if there is one. UserError if it is not there.
+    """The device of that name, or for "auto" the accelerator if there is one; a GPU with a number becomes the current
+    one. UserError if it is not there.
 
     ``local_rank``: of several processes on this machine, each of which takes the accelerator of its number.
     """

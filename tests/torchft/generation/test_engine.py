@@ -276,6 +276,22 @@ def test_looks_that_lag_behind_find_the_same(model, monkeypatch):
     assert max(Counter(number for window in streamed for number, *_ in window).values()) > 1  # in parts
 
 
+def test_no_step_outlives_the_answers(model, monkeypatch):
+    """Where looks lag, steps are queued behind the last stop token: their memory may be another's afterwards."""
+    runs, waited = engine(model, num_slots=1), []
+    monkeypatch.setattr(runs, "_steps", 4)
+    monkeypatch.setattr(runs._reader, "is_apart", True)
+    progress = runs._reader.progress
+    monkeypatch.setattr(runs._reader, "progress", lambda look: waited.append(look) or progress(look))
+    taken = []
+    monkeypatch.setattr(runs._reader, "look", lambda *a, look=runs._reader.look: taken.append(look(*a)) or taken[-1])
+    found = []
+    for request in requests(PROMPTS):
+        found += runs.complete([request])
+        assert waited[-1] is taken[-1]  # behind the newest steps
+    assert any(c.finish == "stop" and len(c.tokens) < 32 for c in found)
+
+
 @pytest.mark.parametrize(("new", "steps"), [(1, 0), (4, 3), (40, 39)])
 def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch):
     """Between two checks on a GPU there are many; the prefill draws the first token."""

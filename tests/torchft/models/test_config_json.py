@@ -149,6 +149,12 @@ def test_every_family_refuses_what_it_does_not_have(family):
             models.build(json | changes)
 
 
+def test_gemma4_layers_that_do_not_differ():
+    """As transformers 5.24 writes them: no layer has a setting of its own, so that all have the one head_dim."""
+    json = {k: v for k, v in FIRST["gemma4"].items() if k not in ("global_head_dim", "num_global_key_value_heads")}
+    assert models.build(json | {"per_layer_config": {}}).config.full_head_dim == json["head_dim"]
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
