@@ -91,7 +91,8 @@ def main() -> None:
         how = {"new": given.new, "temperature": given.temperature, "device": device}
         for name, speed in peer_generation.tokens_per_second(json_of, asked, **how).items():
             result |= {f"transformers_{name}": round(speed)}
-            result |= {f"times_{name}": round(result["tokens_per_second"] / speed, 1)}
+            ours = result["decode_tokens_per_second" if name.endswith("decode") else "tokens_per_second"]
+            result |= {f"times_{name}": round(ours / speed, 1)}
     print(json.dumps(result, default=str))
 
 

@@ -34,26 +34,33 @@ def continuous(model: Any, prompts: list[list[int]], *, new: int, temperature: f
     return [output.generated_tokens for output in found.values()]
 
 
-PEERS: dict[str, Callable[..., list[list[int]]]] = {"generate": generate, "continuous_batching": continuous}
-
-
 def tokens_per_second(
     config_json: dict[str, Any], prompts: list[list[int]], *, new: int, temperature: float, device: torch.device
 ) -> dict[str, float]:
-    """Of each peer: all new tokens over the time of a call, the second of two. Prefill is in it, as in ours."""
+    """Of each peer: all new tokens over the time of a call, the second of two. Prefill is in it, as in ours.
+
+    ``generate_decode``: of its decoding alone, the time of a call for one token taken off, as ours.
+    """
     model = random_model(config_json, device)
-    found = {}
-    for name, answer in PEERS.items():
-        if name == "continuous_batching" and device.type != "cuda":
-            continue  # it wants a GPU
-        answer(model, prompts, new=2 if name == "generate" else new, temperature=temperature)
+
+    def seconds(model: Any, answer: Callable[..., list[list[int]]], new: int) -> float:
         began = time.perf_counter()
         answers = answer(model, prompts, new=new, temperature=temperature)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        assert len(answers) == len(prompts) and all(len(answer) == new for answer in answers), name
-        found[name] = len(prompts) * new / seconds
+        taken = time.perf_counter() - began
+        assert len(answers) == len(prompts) and all(len(tokens) == new for tokens in answers)
+        return taken
+
+    seconds(model, generate, 2)
+    first, whole = seconds(model, generate, 1), seconds(model, generate, new)
+    found = {
+        "generate": len(prompts) * new / whole,
+        "generate_decode": len(prompts) * (new - 1) / (whole - first),
+    }
+    if device.type == "cuda":  # which the other wants
+        seconds(model, continuous, new)
+        found["continuous_batching"] = len(prompts) * new / seconds(model, continuous, new)
     del model
     gc.collect()
     return found

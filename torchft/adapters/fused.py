@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from torchft.adapters.lora import LoRALinear
 from torchft.adapters.stacked import StackedLoRA
+from torchft.kernels.expert_spread import expert_spread
 from torchft.kernels.expert_swiglu import expert_swiglu
+from torchft.kernels.narrow_outer import narrow_outer
+from torchft.kernels.rows import collect_rows
 from torchft.kernels.swiglu import MAX_RANK, lora_swiglu
 from torchft.modules.attention import Attention
-from torchft.modules.grouped import Routes, collect, pick, put, spread
+from torchft.modules.grouped import Routes, pick
+from torchft.modules.kept import kept
 from torchft.modules.mlp import GatedMLP
 from torchft.modules.moe import Experts, swiglu
 
@@ -57,9 +61,10 @@ class LoRAAttention(Attention):
 class LoRAExperts(Experts):
     """``Experts`` with silu, no biases and adapters of one rank on both layers, same parameters, names and function.
 
-    What is narrow is multiplied for all experts at once, [t, d] by [d, e r] and [t, e r] by [e r, d]: e / k times the
-    arithmetic, but that of one dense product and of t rows, where those of each expert's 16 columns read and write
-    n = t k wide rows again and again.
+    A x comes with the rows that are spread, in one pass. What is added to them is computed for all experts at once,
+    [t, e r] by [e r, d]: e / k times the arithmetic, but that of one dense product and of t rows, not n = t k wide ones.
+    The inner products, a hundredth of what a block may keep, are kept: backward then repeats neither them nor the
+    kernel between the wide products.
     """
 
     def __init__(self, experts: Experts) -> None:
@@ -71,16 +76,55 @@ class LoRAExperts(Experts):
         assert isinstance(first, StackedLoRA) and isinstance(second, StackedLoRA)
         if routes.experts is None or not (first.enabled and second.enabled):
             return super().forward(x, weights, routes)
-        (t, k), e, r, offsets = weights.shape, first.num_experts, first.rank, routes.offsets
-        cells = routes.order // k * e + routes.experts  # [n]: which of the tokens' t * e pairs with an expert a row is
-        inner = F.linear(x, first.lora_a.to(x.dtype).flatten(0, 1))  # [t, e r]
-        inner = pick(first.scaling * inner.view(t * e, r), cells)  # [n, r]
-        gate_up = first.multiply(spread(x, routes), first.weight, offsets)  # [n, 2 f]
+        num_tokens, offsets = len(x), routes.offsets
+        cells = routes.order // weights.shape[1] * first.num_experts + routes.experts  # [n]: of the t e pairs, a row's
+        places = routes.order, routes.place, cells, offsets
+        rows, inner = _Spread.apply(x, first.lora_a.to(x.dtype), *places)  # [n, d], [n, r]
+        gate_up = first.multiply(rows, first.weight, offsets)  # [n, 2 f]
+        scale = pick(weights.reshape(-1, 1), routes.order)  # [n, 1]
         adapters = first.lora_b.to(x.dtype), second.lora_a.to(x.dtype)
-        h, down_inner = expert_swiglu(gate_up, inner, *adapters, pick(weights.reshape(-1, 1), routes.order), offsets)
-        out = collect(second.multiply(h, second.weight, offsets), routes, num_tokens=t)  # [t, d]
-        down_inner = put(second.scaling * down_inner, cells, num_cells=t * e).view(t, e * r)
-        return out + down_inner @ second.lora_b.to(x.dtype).mT.flatten(0, 1)
+        h, inner = expert_swiglu(gate_up, kept(first.scaling * inner), *adapters, scale, offsets)
+        rows, inner = second.multiply(h, second.weight, offsets), second.scaling * kept(inner)
+        return _Collect.apply(rows, inner, second.lora_b.to(x.dtype).mT, num_tokens, *places)
+
+
+class _Spread(torch.autograd.Function):
+    """x [t, d], a [e, r, d] -> x's rows sorted by expert, [n, d], and a x of their expert, [n, r]."""
+
+    @staticmethod
+    def forward(ctx, x, a, order, place, cells, offsets):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, a, place, cells)
+        return expert_spread(x, a, order, offsets)
+
+    @staticmethod
+    def backward(ctx, d_rows, d_inner):  # type: ignore[no-untyped-def]
+        x, a, place, cells = ctx.saved_tensors
+        d_inner = _by_token(d_inner, cells, len(x), a)  # [t, e r]
+        d_x = collect_rows(d_rows, place, len(x)) + d_inner @ a.flatten(0, 1)
+        return d_x, (d_inner.mT @ x).view_as(a), None, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows [n, d], inner [n, r], b [e, r, d] -> each token's sum of rows + inner b, [t, d]: `_Spread` transposed."""
+
+    @staticmethod
+    def forward(ctx, rows, inner, b, num_tokens, order, place, cells, offsets):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inner, b, order, offsets)
+        wide = _by_token(inner, cells, num_tokens, b)  # [t, e r]
+        return collect_rows(rows, place, num_tokens) + wide @ b.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        inner, b, order, offsets = ctx.saved_tensors
+        d_rows, d_inner = expert_spread(grad, b, order, offsets)
+        return d_rows, d_inner, narrow_outer(d_rows, inner, offsets).mT, None, None, None, None, None
+
+
+def _by_token(inner: Tensor, cells: Tensor, num_tokens: int, narrow: Tensor) -> Tensor:
+    """[n, r] -> [t, e r], zeros for experts that a token has not chosen."""
+    num_experts, rank, _ = narrow.shape
+    out = inner.new_zeros(num_tokens * num_experts, rank).index_put((cells,), inner)
+    return out.view(num_tokens, num_experts * rank)
 
 
 def inners(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchft.kernels.narrow_outer import has_kernels, narrow_outer, row_ranges
-from torchft.kernels.swiglu import padded_rank
+from torchft.kernels import expert_tiles
+from torchft.kernels.expert_tiles import has_kernels, row_ranges
+from torchft.kernels.narrow_outer import narrow_outer
 
 # Rows x columns that a program holds: the fastest of 40 settings on one H100 for 131,072 rows of 128 experts 768 wide,
 # rank 16 (0.30 and 0.58 ms, where reading and writing alone take 0.2 and 0.34).
@@ -45,7 +46,7 @@ def expert_swiglu(
     h, down_inner = gate_up.new_empty(n, f), torch.empty_like(inner)
     tensors = (x.contiguous() for x in (gate_up, inner, gate_up_b, down_a, scale, offsets))
     num_experts = len(offsets)
-    grid, padded = (-(-n // FORWARD_TILE[0]) + num_experts,), _powers(num_experts, r)
+    grid, padded = (-(-n // FORWARD_TILE[0]) + num_experts,), expert_tiles.powers(num_experts, r)
     _kernels()["forward"][grid](*tensors, h, down_inner, f, r, num_experts, *padded, *FORWARD_TILE, **FORWARD_LAUNCH)
     return h, down_inner
 
@@ -65,16 +66,19 @@ def expert_swiglu_backward(
     down_a: Tensor,
     scale: Tensor,
     offsets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate_up [n, 2 f], inner [n, r] and scale [n, 1], from those of h and of h down_a^T."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate_up [n, 2 f], inner [n, r] and scale [n, 1], from those of h and of h down_a^T; and h itself.
+
+    So that h, which the gradient of down_a needs, is neither kept nor computed by another pass.
+    """
     if not has_kernels(gate_up):
         return _backward(grad_h, grad_inner, gate_up, inner, gate_up_b, down_a, scale, offsets)
     n, f, r = gate_up.shape[0], gate_up.shape[1] // 2, inner.shape[1]
     given = (grad_h, grad_inner, gate_up, inner, gate_up_b, down_a, scale, offsets)
     tensors = (x.contiguous() for x in given)
-    out = torch.empty_like(gate_up), torch.empty_like(inner), torch.empty_like(scale)
+    out = torch.empty_like(gate_up), torch.empty_like(inner), torch.empty_like(scale), grad_h.new_empty(grad_h.shape)
     num_experts = len(offsets)
-    grid, padded = (-(-n // BACKWARD_TILE[0]) + num_experts,), _powers(num_experts, r)
+    grid, padded = (-(-n // BACKWARD_TILE[0]) + num_experts,), expert_tiles.powers(num_experts, r)
     _kernels()["backward"][grid](*tensors, *out, f, r, num_experts, *padded, *BACKWARD_TILE, **BACKWARD_LAUNCH)
     return out
 
@@ -83,19 +87,19 @@ def expert_swiglu_backward(
 def _(
     grad_h: Tensor, grad_inner: Tensor, gate_up: Tensor, inner: Tensor, gate_up_b: Tensor, down_a: Tensor,
     scale: Tensor, offsets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(gate_up), torch.empty_like(inner), torch.empty_like(scale)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(gate_up), torch.empty_like(inner), torch.empty_like(scale), grad_h.new_empty(grad_h.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[0])
+    ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx: Any, grad_h: Tensor, grad_inner: Tensor) -> tuple[Tensor | None, ...]:
-    gate_up, inner, gate_up_b, down_a, scale, offsets, h = ctx.saved_tensors
+    gate_up, inner, gate_up_b, down_a, scale, offsets = ctx.saved_tensors
     grad_inner = grad_inner.to(gate_up.dtype)
     inputs = (gate_up, inner, gate_up_b, down_a, scale, offsets)
-    d_gate_up, d_inner, d_scale = expert_swiglu_backward(grad_h, grad_inner, *inputs)
+    d_gate_up, d_inner, d_scale, h = expert_swiglu_backward(grad_h, grad_inner, *inputs)
     d_down_a = narrow_outer(h, grad_inner, offsets).mT  # [e, r, f]
     return d_gate_up, d_inner, narrow_outer(d_gate_up, inner, offsets), d_down_a, d_scale, None
 
@@ -130,21 +134,18 @@ def _backward(
     down_a: Tensor,
     scale: Tensor,
     offsets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_gate_up, d_inner, d_scale = torch.zeros_like(gate_up), torch.zeros_like(inner), torch.zeros_like(scale)
+    h = torch.zeros_like(grad_h)
     for expert, (i, j) in enumerate(row_ranges(offsets)):
         gate, up = _activations(gate_up[i:j], inner[i:j], gate_up_b[expert])
         d = grad_h[i:j].to(gate.dtype) + grad_inner[i:j].to(gate.dtype) @ down_a[expert].to(gate.dtype)
+        h[i:j] = F.silu(gate) * up * scale[i:j]
         d_scale[i:j] = (d * F.silu(gate) * up).sum(1, keepdim=True)
         d, sigmoid = d * scale[i:j], gate.sigmoid()
         d_gate_up[i:j] = torch.cat([d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid], dim=1)
         d_inner[i:j] = d_gate_up[i:j].to(gate.dtype) @ gate_up_b[expert].to(gate.dtype)
-    return d_gate_up, d_inner, d_scale
-
-
-def _powers(num_experts: int, rank: int) -> tuple[int, int]:
-    """Both as powers of two, which kernels hold."""
-    return 1 << (num_experts - 1).bit_length(), padded_rank(rank)
+    return d_gate_up, d_inner, d_scale, h
 
 
 def _kernels() -> dict[str, Any]:
@@ -152,21 +153,7 @@ def _kernels() -> dict[str, Any]:
         import triton
         import triton.language as tl
 
-        @triton.jit
-        def find(OFFSETS, tile, e, E: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
-            """Expert of the tile-th tile of T rows, its first row, where the expert's rows end. No tile mixes experts.
-
-            Of a tile behind the last: an expert that does not exist, and no rows.
-            """
-            each = tl.arange(0, E)
-            stop = tl.load(OFFSETS + each, mask=each < e, other=0)
-            start = tl.load(OFFSETS + each - 1, mask=(each > 0) & (each < e), other=0)
-            tiles = tl.where(each < e, (stop - start + T - 1) // T, 0)
-            behind = tl.cumsum(tiles, 0)
-            expert = tl.sum((behind <= tile).to(tl.int32), 0)
-            mine = each == expert
-            first = tl.sum(tl.where(mine, start + (tile - behind + tiles) * T, 0), 0)
-            return expert, first, tl.sum(tl.where(mine, stop, 0), 0)
+        find = expert_tiles.find()
 
         @triton.jit
         def forward(  # type: ignore[no-untyped-def]  # Triton has no types for its pointers
@@ -204,7 +191,7 @@ def _kernels() -> dict[str, Any]:
 
         @triton.jit
         def backward(  # type: ignore[no-untyped-def]  # Triton has no types for its pointers
-                     DH, DI, GU, INNER, B, A, SCALE, OFFSETS, DGU, DINNER, DSCALE, f, r, e,
+                     DH, DI, GU, INNER, B, A, SCALE, OFFSETS, DGU, DINNER, DSCALE, H, f, r, e,
                      E: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr):  # fmt: skip
             expert, first, end = find(OFFSETS, tl.program_id(0), e, E, T)
             if first >= end:
@@ -237,6 +224,7 @@ def _kernels() -> dict[str, Any]:
                 s = tl.sigmoid(g)
                 act = g * s
                 d_scale += tl.sum(d * act * u, 1)
+                tl.store(H + wide * f + cols[None, :], (act * u * scale[:, None]).to(H.dtype.element_ty), mask=ok)
                 d *= scale[:, None]
                 du = (d * act).to(gb.dtype)
                 dg = (d * u * (s + act * (1 - s))).to(gb.dtype)

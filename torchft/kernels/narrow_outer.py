@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.kernels.expert_tiles import has_kernels, row_ranges
 from torchft.kernels.swiglu import padded_rank
 
 TILE, LAUNCH = (64, 128), {"num_warps": 4, "num_stages": 2}  # rows x columns that a program holds
@@ -33,17 +34,6 @@ def narrow_outer(wide: Tensor, narrow: Tensor, offsets: Tensor) -> Tensor:
 @narrow_outer.register_fake
 def _(wide: Tensor, narrow: Tensor, offsets: Tensor) -> Tensor:
     return wide.new_empty(offsets.shape[0], wide.shape[1], narrow.shape[1])
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether products of x use the GPU's matrix units, by Triton; else they are plain PyTorch's, expert by expert."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def row_ranges(offsets: Tensor) -> list[tuple[int, int]]:
-    """First row and end of each expert's rows. A GPU is waited for."""
-    stops = offsets.tolist()
-    return list(zip([0, *stops], stops))
 
 
 def _kernels() -> dict[str, Any]:

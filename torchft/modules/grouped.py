@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from torchft.kernels.rows import collect_rows, spread_rows
 
@@ -68,19 +68,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     On a GPU in bf16 one kernel; elsewhere an expert after the other, for which a GPU is waited for.
     """
-    weight = weight.to(x.dtype)
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        return _one_kernel(x, weight, offsets)
-    return grouped_mm(x, weight.mT, offsets)
-
-
-def _one_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``F.grouped_mm``, which wants rows of multiples of 16 bytes: narrower ones, of LoRA, are padded with zeros."""
-    out_features, in_features = weight.shape[1:]
-    if out_features % ALIGNED or in_features % ALIGNED:
-        more_in, more_out = -in_features % ALIGNED, -out_features % ALIGNED
-        x, weight = F.pad(x, (0, more_in)), F.pad(weight, (0, more_in, 0, more_out))
-    return F.grouped_mm(x, weight.mT, offs=offsets)[:, :out_features]
+    return grouped_mm(x, weight.to(x.dtype).mT, offsets)
 
 
 def spread(x: Tensor, routes: Routes) -> Tensor:
@@ -98,11 +86,6 @@ def pick(x: Tensor, cells: Tensor) -> Tensor:
     return _Pick.apply(x, cells)
 
 
-def put(rows: Tensor, cells: Tensor, *, num_cells: int) -> Tensor:
-    """What ``pick`` undoes: rows [n, r] -> [num_cells, r], zeros where ``cells`` names no row."""
-    return _Put.apply(rows, cells, num_cells)
-
-
 class _Pick(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cells: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -116,24 +99,16 @@ class _Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.num_cells, grad.shape[1]).index_put((cells,), grad), None
 
 
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, cells: Tensor, num_cells: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(cells)
-        return rows.new_zeros(num_cells, rows.shape[1]).index_put((cells,), rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (cells,) = ctx.saved_tensors
-        return grad[cells], None, None
-
-
-# F.grouped_mm traces in bf16 only (torch 2.11 to 2.13), and is no faster than a loop on a CPU: so, an operator.
+# Operators of our own: F.grouped_mm traces in bf16 only (torch 2.11 to 2.13), and the compiler does not know that it is
+# dear: of what may be kept for backward it would never keep such a product, however much memory there is.
 
 
 @torch.library.custom_op("torchft::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows x [n, i] times the weight [e, i, o] of their expert -> [n, o]."""
+    if _has_kernel(x):
+        out = F.grouped_mm(_aligned(x), _aligned(_aligned(weight).mT).mT, offs=offsets)
+        return out[:, : weight.shape[2]].contiguous()
     out = x.new_empty(x.shape[0], weight.shape[2])
     start = 0
     for expert, stop in enumerate(offsets.tolist()):
@@ -146,6 +121,9 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 @torch.library.custom_op("torchft::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """The gradient of ``grouped_mm`` for its weight: x [n, i], grad [n, o] -> [e, i, o]."""
+    if _has_kernel(x):
+        out = F.grouped_mm(_aligned(x).mT, _aligned(grad), offs=offsets)
+        return out[:, : x.shape[1], : grad.shape[1]].contiguous()
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
     start = 0
     for expert, stop in enumerate(offsets.tolist()):
@@ -153,6 +131,16 @@ def grouped_outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
             out[expert] = x[start:stop].mT @ grad[start:stop]
         start = stop
     return out
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [..., c] with zeros behind, so that rows are multiples of 16 bytes, which ``F.grouped_mm`` wants."""
+    more = -x.shape[-1] % ALIGNED
+    return F.pad(x, (0, more)) if more else x
 
 
 @grouped_mm.register_fake
@@ -188,13 +176,3 @@ def _product_flops(x, weight, *args, out_shape=None, **kwargs) -> int:  # type: 
 @register_flop_formula(torch.ops.torchft.grouped_outer)
 def _outer_flops(x, grad, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return 2 * x[0] * x[1] * grad[1]
-
-
-def _kernel_flops(a, b, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """Of F.grouped_mm, which torch itself does not count (2.11 to 2.13): rows by experts, or experts' rows by rows."""
-    rows = a[-2] if len(b) == 3 else b[-1]
-    return 2 * rows * a[-1] * (b[-1] if len(b) == 3 else a[-2])
-
-
-if torch.ops.aten._grouped_mm not in flop_registry:
-    register_flop_formula(torch.ops.aten._grouped_mm)(_kernel_flops)

@@ -29,6 +29,7 @@ from torchft.documents import Documents
 from torchft.errors import UserError
 from torchft.files import cache_folder, keep_in_cache, read_json
 from torchft.modules.decoder import Decoder
+from torchft.modules.kept import UNCOUNTED
 from torchft.training.compile import compiler_settings
 
 EAGER = None  # as a budget: a block that is not compiled
@@ -159,7 +160,7 @@ def _run(layer: nn.Module, inputs: tuple[Any, ...], budget: float | None) -> Blo
 
     def counted(function: Any, _: Any = None) -> Any:
         def run(*args: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
                 result = function(*args)
             flops.append(counter.get_total_flops())
             return result

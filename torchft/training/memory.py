@@ -55,7 +55,7 @@ def estimate_step(
         saved: bytes that a block keeps for backward in a micro-step.
         recomputed: bytes that it makes again in backward.
         largest: bytes of the largest tensor that a block makes.
-        offload: share of the blocks whose kept bytes are on the host; on the device are two of them at a time.
+        offload: share of what blocks keep that is on the host; on the device is that of two of them at a time.
         optimizer_bytes: of all ranks; None: two states per trained value, of its dtype.
         shards: ranks that share weights, gradients and states. Two blocks are whole at a time, and what is in no block
             always.
@@ -70,8 +70,7 @@ def estimate_step(
     summed = table.numel() * 4 + of_table if of_table else 0  # the head's gradient over chunks, in fp32, and cast
     head = logits + 3 * hidden + summed
     block = recomputed + 3 * largest  # a gated MLP's backward has three gradients of its width at once
-    away = round(offload * len(model.layers))
-    activations = saved * (len(model.layers) - away + min(away, 2))
+    activations = round(saved * ((1 - offload) * len(model.layers) + offload * min(len(model.layers), 2)))
     weights = sum(map(stored_bytes, parameters)) // shards
     if shards > 1:
         blocks = [sum(map(stored_bytes, layer.parameters())) for layer in model.layers]

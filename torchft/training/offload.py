@@ -1,11 +1,11 @@
 """What autograd keeps for backward waits in host memory: copied out while forward goes on, and back ahead of its use.
 
     model.activations = Offload(model, window=2 * plan.block_bytes)
+    model.activations = Offload(model, window=plan.block_bytes, share=0.5)
 
 Works on any block, compiled or not, at any memory budget, because it acts on the tensors that autograd is given.
 """
 
-import math
 from collections.abc import Iterator
 from types import TracebackType
 from weakref import WeakValueDictionary, ref
@@ -25,18 +25,18 @@ class Offload:
     """A context for the blocks' forward; backward runs outside of it. For one model, one forward at a time.
 
     Device memory is bounded by ``window`` bytes on the way out and ``window`` on the way in. Give it what one or two
-    blocks keep: with less, copies are waited for. What was kept last stays on the device, since backward begins with
-    it; with ``most``, so does all that a forward keeps after that many bytes, without a copy. Host memory is allocated
-    as the first step needs it, and used again by every other.
+    blocks send: with less, copies are waited for. What was kept last stays on the device, since backward begins with
+    it. With a ``share`` below 1 some tensors of every block stay, without a copy, so that the bus need not be faster
+    than it must on average. Host memory is allocated as the first step needs it, and used again by every other.
 
     Nothing is offloaded that is under 2 MB, or shares memory with a parameter or a buffer. Memory that is kept twice is
     copied once.
     """
 
-    def __init__(self, model: nn.Module, *, window: int, most: float = math.inf) -> None:
-        self.model, self.window, self.most = model, window, most
+    def __init__(self, model: nn.Module, *, window: int, share: float = 1.0) -> None:
+        self.model, self.window, self.share = model, window, share
         self.pool = _Pool()
-        self.offloaded = 0  # bytes of the last forward
+        self.kept = self.offloaded = 0  # bytes of the last forward
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._weights: set[int] = set()  # addresses
         self._by_address: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
@@ -49,7 +49,7 @@ class Offload:
         tensors = (*self.model.parameters(), *self.model.buffers())
         self._weights = {s.data_ptr() for t in tensors for s in _storages(t)}
         self._forget()
-        self.offloaded = 0
+        self.kept = self.offloaded = 0
         self._hooks.__enter__()
         return self
 
@@ -68,7 +68,8 @@ class Offload:
         return _View(kept, t)
 
     def _send(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
-        if self.offloaded >= self.most:
+        self.kept += storage.nbytes()
+        if self.offloaded + storage.nbytes() / 2 > self.share * self.kept:
             return self._stay(storage, t)
         if t.is_cuda and self._out is None:
             self._out, self._in = torch.cuda.Stream(t.device), torch.cuda.Stream(t.device)
@@ -120,12 +121,12 @@ class Offload:
         return packed.of(kept.storage)
 
     def _next(self) -> "Iterator[_Kept]":
-        """What backward will want next, as far as the window goes: of what is left, what was kept last."""
+        """What backward will want next of what was sent, as far as the window goes: of what is left, the last."""
         while self._order and self._order[-1]() is None:
             self._order.pop()
         ahead = 0
         for entry in reversed(self._order):
-            if (kept := entry()) is None or kept.is_used:
+            if (kept := entry()) is None or kept.is_used or kept.host is None:
                 continue
             ahead += kept.nbytes
             if ahead > self.window:

@@ -5,7 +5,6 @@ Memory for activations is bought in three ways, and `auto` takes the cheapest th
 gradients are summed, so nothing changes but the size of matrix multiplications), recomputing, copies to the host.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -49,7 +48,7 @@ class Plan:
 
     budget: float | None  # of the compiler, as in `compile_blocks`; None: blocks are not compiled
     share: float  # of the blocks that keep only their input and run again in backward
-    offload: float  # share of what is kept that is copied to the host: what is kept first
+    offload: float  # share of what is kept that is copied to the host
     rows: int  # per micro-step
     gradients: Gradients
     memory: Estimate
@@ -214,8 +213,8 @@ def choose(found: Sequence[Plan], *, available: int, keep: Mapping[str, Any] | N
 def apply_plan(model: Decoder, plan: Plan) -> None:
     """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
     model.recompute = plan.share
-    most = plan.offload * len(model.layers) * plan.block_bytes if plan.offload < 1.0 else math.inf
-    model.activations = Offload(model, window=2 * plan.block_bytes, most=most) if plan.offload else nullcontext()
+    window = round(2 * plan.offload * plan.block_bytes)
+    model.activations = Offload(model, window=window, share=plan.offload) if plan.offload else nullcontext()
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
     model.replay = Replay(model) if plan.replays else None
