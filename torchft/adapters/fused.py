@@ -62,7 +62,7 @@ class LoRAExperts(Experts):
     """``Experts`` with silu, no biases and adapters of one rank on both layers, same parameters, names and function.
 
     A x comes with the rows that are spread, in one pass. What is added to them is computed for all experts at once,
-    [t, e r] by [e r, d]: e / k times the arithmetic, but that of one dense product and of t rows, not n = t k wide ones.
+    [t, e r] by [e r, d]: e / k times the arithmetic, but that of one dense product and of t rows, not of n = t k.
     The inner products, a hundredth of what a block may keep, are kept: backward then repeats neither them nor the
     kernel between the wide products.
     """
