@@ -39,7 +39,7 @@ class LoRAGatedMLP(GatedMLP):
         inner = (layer.scaling * y for layer, y in zip((gate, up), inners(flat, (gate, up))))  # [t, r] each
         weights = (w.to(x.dtype) for w in (gate.lora_b, up.lora_b, down.lora_a))
         h, down_inner = lora_swiglu(gate.base(flat), up.base(flat), *inner, *weights)  # [t, f], [t, r]
-        out = down.base(h) + down.outer(kept(down_inner))  # else h would be made again for it
+        out = down.base(h) + down.outer(down_inner)
         return out.view(x.shape)
 
 

@@ -61,42 +61,38 @@ def lora_swiglu_backward(
     gate_b: Tensor,
     up_b: Tensor,
     down_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gate, up [t, f] and of their inner products [t, r], from those of h and of h down_a^T; and h itself.
-
-    So that h, which the gradient of down_a needs, is neither kept nor computed by another pass.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate, up [t, f] and of their inner products [t, r], from those of h and of h down_a^T."""
     if not gate.is_cuda or gate.dtype == torch.float32:
         return _backward(grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
     t, f, r = *gate.shape, gate_inner.shape[1]
     parts, padded = _split(t, f, BACKWARD_TILE), padded_rank(r)
-    grad_gate, grad_up, h = torch.empty_like(gate), torch.empty_like(up), gate.new_empty(t, f)
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     inner = gate.new_empty(2, parts, t, r, dtype=torch.float32)
     tensors = (x.contiguous() for x in (grad_h, grad_inner, gate, up, gate_inner, up_inner, gate_b, up_b, down_a))
-    out = (grad_gate, grad_up, inner[0], inner[1], h)
+    out = (grad_gate, grad_up, inner[0], inner[1])
     grid, size = (-(-t // BACKWARD_TILE[0]), parts), (t, f, r, -(-f // parts))
     _kernels()["backward"][grid](*tensors, *out, *size, padded, *BACKWARD_TILE, num_warps=4, num_stages=2)
     summed = inner.sum(1).to(gate.dtype)  # [2, t, r]
-    return grad_gate, grad_up, summed[0].clone(), summed[1].clone(), h
+    return grad_gate, grad_up, summed[0].clone(), summed[1].clone()
 
 
 @lora_swiglu_backward.register_fake
 def _(
     grad_h: Tensor, grad_inner: Tensor, gate: Tensor, up: Tensor, gate_inner: Tensor, up_inner: Tensor, *rest: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    new = tuple(torch.empty_like(x) for x in (gate, up, gate_inner, up_inner))
-    return (*new, gate.new_empty(gate.shape))  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x) for x in (gate, up, gate_inner, up_inner))  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs, output[0])
 
 
 def _gradients(ctx: Any, grad_h: Tensor, grad_inner: Tensor) -> tuple[Tensor, ...]:
-    gate, up, gate_inner, up_inner, gate_b, up_b, down_a = ctx.saved_tensors
+    gate, up, gate_inner, up_inner, gate_b, up_b, down_a, h = ctx.saved_tensors
     grad_inner = grad_inner.to(gate.dtype)
     inputs = (gate, up, gate_inner, up_inner, gate_b, up_b, down_a)
-    d_gate, d_up, d_gate_inner, d_up_inner, h = lora_swiglu_backward(grad_h, grad_inner, *inputs)
+    d_gate, d_up, d_gate_inner, d_up_inner = lora_swiglu_backward(grad_h, grad_inner, *inputs)
     d_gate_b, d_up_b = d_gate.t() @ gate_inner, d_up.t() @ up_inner  # [f, r]
     return d_gate, d_up, d_gate_inner, d_up_inner, d_gate_b, d_up_b, grad_inner.t() @ h
 
@@ -131,15 +127,14 @@ def _backward(
     gate_b: Tensor,
     up_b: Tensor,
     down_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g, u = _activations(gate, up, gate_inner, up_inner, gate_b, up_b)
-    h = (F.silu(g) * u).to(gate.dtype)
     d = grad_h.to(g.dtype) + grad_inner.to(g.dtype) @ down_a.to(g.dtype)
     sigmoid = g.sigmoid()
     d_up = (d * g * sigmoid).to(gate.dtype)
     d_gate = (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate.dtype)
     d_inner = (d_gate.to(g.dtype) @ gate_b.to(g.dtype), d_up.to(g.dtype) @ up_b.to(g.dtype))
-    return d_gate, d_up, d_inner[0].to(gate.dtype), d_inner[1].to(gate.dtype), h
+    return d_gate, d_up, d_inner[0].to(gate.dtype), d_inner[1].to(gate.dtype)
 
 
 def padded_rank(rank: int) -> int:
@@ -189,7 +184,7 @@ def _kernels() -> dict[str, Any]:
 
         @triton.jit
         def backward(  # type: ignore[no-untyped-def]  # Triton has no types for its pointers
-                     DH, DI, GATE, UP, GI, UI, GB, UB, DA, DGATE, DUP, DGI, DUI, H, t, f, r, per_part,
+                     DH, DI, GATE, UP, GI, UI, GB, UB, DA, DGATE, DUP, DGI, DUI, t, f, r, per_part,
                      R: tl.constexpr, T: tl.constexpr, N: tl.constexpr):  # fmt: skip
             rows = tl.program_id(0) * T + tl.arange(0, T)
             part = tl.program_id(1)
@@ -218,7 +213,6 @@ def _kernels() -> dict[str, Any]:
                 s = tl.sigmoid(g)
                 du = (d * g * s).to(gb.dtype)
                 dg = (d * u * s * (1 + g * (1 - s))).to(gb.dtype)
-                tl.store(H + x, (g * s * u).to(H.dtype.element_ty), mask=ok)
                 tl.store(DGATE + x, dg, mask=ok)
                 tl.store(DUP + x, du, mask=ok)
                 dgi = tl.dot(dg, tl.trans(gb), dgi)
