@@ -56,8 +56,8 @@ def _yarn(factor, fast):
     return {"rope_scaling": {**numbers, "original_max_position_embeddings": 4096, "type": "yarn"}}
 
 
-def _kimi(context, factor):
-    more = {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
+def _kimi(context, factor, **more):
+    more = {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, **more}
     sizes = (61, 7168, 18432, 64, 163840, 384, 2048, 1, 2.827)
     return _config(*sizes, context, 50000.0, **_yarn(factor, 1.0), **more)
 
@@ -74,7 +74,8 @@ RELEASED = {
     "moonshotai/Kimi-K2-Base": (_kimi(131072, 32.0), 1_026_408_232_448),
     "moonshotai/Kimi-K2-Instruct": (_kimi(131072, 32.0), 1_026_408_232_448),
     "moonshotai/Kimi-K2-Instruct-0905": (_kimi(262144, 64.0), 1_026_408_232_448),
-    "moonshotai/Kimi-K2-Thinking": (_kimi(262144, 64.0), 1_026_408_232_448),  # from memory
+    # Numbers of a project that trains it: https://github.com/zianglih/miles, scripts/models/kimi-k2-thinking.sh.
+    "moonshotai/Kimi-K2-Thinking": (_kimi(262144, 64.0, rms_norm_eps=1e-5), 1_026_408_232_448),
     "moonshotai/Moonlight-16B-A3B": (MOONLIGHT, 15.96e9),
     "moonshotai/Moonlight-16B-A3B-Instruct": (MOONLIGHT, 15.96e9),
 }

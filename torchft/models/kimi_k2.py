@@ -25,15 +25,15 @@ from torchft.tokenizers.chat import Message, Segment, join_parts
 
 _K2_SIZES = (163_840, 7168, 61, 64, 18_432, 384, 2048, 1, 2.827)
 _K2 = size(*_K2_SIZES, 131_072, yarn(5e4, 32.0, 1.0), **MSCALES)
+_K2_LONG = size(*_K2_SIZES, 262_144, yarn(5e4, 64.0, 1.0), **MSCALES)
 _MOONLIGHT = size(
     163_840, 2048, 27, 16, 11_264, 64, 1408, 1, 2.446, 8_192, Rope(base=5e4, partial=1 / 3), top_k=6, num_shared=2,
     query_latent=None,
 )  # fmt: skip
 CONFIGS = {
     **dict.fromkeys(["Kimi-K2-Base", "Kimi-K2-Instruct"], _K2),
-    **dict.fromkeys(
-        ["Kimi-K2-Instruct-0905", "Kimi-K2-Thinking"], size(*_K2_SIZES, 262_144, yarn(5e4, 64.0, 1.0), **MSCALES)
-    ),
+    "Kimi-K2-Instruct-0905": _K2_LONG,
+    "Kimi-K2-Thinking": replace(_K2_LONG, norm_eps=1e-5),
     **dict.fromkeys(["Moonlight-16B-A3B", "Moonlight-16B-A3B-Instruct"], replace(_MOONLIGHT, norm_eps=1e-5)),
 }
 
