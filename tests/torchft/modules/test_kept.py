@@ -68,17 +68,21 @@ def test_what_is_marked_comes_before_what_is_dear(budget, plain, marked):
 
 
 @pytest.mark.parametrize(
-    ("budget", "counts"),
-    [(0.0, {"expert_swiglu": 1, "expert_spread": 2, "grouped_mm": 3}), (0.1, {"expert_spread": 2, "grouped_mm": 3}),
-     (1.0, {"expert_spread": 1, "grouped_mm": 2})],
-)  # fmt: skip
-def test_experts_with_adapters_do_nothing_again_but_what_the_first_product_takes(budget, counts):
+    ("sizes", "budget", "counts"),
+    [
+        ((8, 32), 0.0, {"expert_swiglu": 1, "expert_spread": 2, "grouped_mm": 3}),
+        ((8, 32), 0.1, {"expert_spread": 2, "grouped_mm": 3}),
+        ((64, 8), 0.7, {"expert_spread": 1, "grouped_mm": 2}),  # rows are too wide to be kept, and nobody wants them
+        ((8, 32), 1.0, {"expert_spread": 1, "grouped_mm": 2}),
+    ],
+)
+def test_experts_with_adapters_do_nothing_again_but_what_the_first_product_takes(sizes, budget, counts):
     """The gradients take one spreading and two products; what is between the products is part of their own operator."""
     torch.manual_seed(0)
-    model = nn.Sequential(MoE(Router(8, 4, 2), Experts(4, 8, 32))).train()
+    model = nn.Sequential(MoE(Router(sizes[0], 4, 2), Experts(4, *sizes))).train()
     apply_lora(model, LoRAConfig(rank=2, targets=["gate_up_proj", "down_proj"]))
     assert fuse_lora(model) == ["0.experts"]
-    graph = backward_graph(model, budget, torch.randn(2, 512, 8, requires_grad=True))
+    graph = backward_graph(model, budget, torch.randn(2, 512, sizes[0], requires_grad=True))
     found = Counter(str(node.target).split(".")[1] for node in graph.nodes if "torchft." in str(node.target))
     assert {name: found[name] for name in found if name in ("expert_swiglu", "expert_spread", "grouped_mm")} == counts
 

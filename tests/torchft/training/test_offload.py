@@ -158,6 +158,18 @@ def test_backward_looks_ahead_past_what_stays(small, window, is_early):
     assert (seen[0] > 0) == is_early
 
 
+def test_the_window_counts_what_has_to_come_back(small):
+    """And not what stays, however much of that lies between."""
+    net, x = make("cpu", 32, 64, num_layers=8)
+    window, largest = 4 * 64 * 96 * 4, 64 * 96 * 4
+    away = Offload(net, window=window, share=0.25)
+    with away:
+        out = net(x)
+    ahead = list(away._next())
+    assert out.requires_grad and all(kept.host is not None for kept in ahead)
+    assert window - largest <= sum(kept.nbytes for kept in ahead) <= window
+
+
 def test_small_tensors_stay(monkeypatch):
     net, x = make("cpu", 32, 64)
     away = Offload(net, window=0)
