@@ -136,7 +136,7 @@ def _backward(
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_gate_up, d_inner, d_scale = torch.zeros_like(gate_up), torch.zeros_like(inner), torch.zeros_like(scale)
-    h = torch.zeros_like(grad_h)
+    h = grad_h.new_zeros(grad_h.shape)
     for expert, (i, j) in enumerate(row_ranges(offsets)):
         gate, up = _activations(gate_up[i:j], inner[i:j], gate_up_b[expert])
         d = grad_h[i:j].to(gate.dtype) + grad_inner[i:j].to(gate.dtype) @ down_a[expert].to(gate.dtype)

@@ -162,7 +162,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
     dx = grouped_mm(grad, weight.mT, offsets) if ctx.needs_input_grad[0] else None
-    return dx, None if x is None else grouped_outer(x, grad, offsets), None
+    # Transposed like the weight, which is a view of [e, o, i]: the parameter's gradient is as contiguous as it is.
+    return dx, None if x is None else grouped_outer(grad, x, offsets).mT, None
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""What a block keeps for backward, whatever the compiler's budget is, if that keeps anything at all."""
+"""A mark for small tensors that took long to compute: a compiler that recomputes under a budget shall keep them."""
 
 from typing import Any
 
@@ -6,29 +6,33 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-WORTH = 2**50  # FLOPs that the compiler believes to save: more than a block has
+WORTH = 2**30  # FLOPs a row that the compiler believes to save: more than a block has, and few enough to add in fp32
+
+
+def kept(x: Tensor) -> Tensor:
+    """x, which is small and dear: at any budget that has room for it, it is kept, and what it came from is not needed.
+
+    With gradients a copy, as an operator's output has to be. Without a compiler autograd keeps what it keeps.
+    """
+    return _kept(x) if torch.is_grad_enabled() else x
 
 
 @torch.library.custom_op("torchft::kept", mutates_args=())
-def kept(x: Tensor) -> Tensor:
-    """x, which is small and dear: a compiler that recomputes under a budget keeps it, and so not what it came from.
-
-    A copy, as an operator's output has to be. Elsewhere autograd keeps what it keeps.
-    """
+def _kept(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@kept.register_fake
+@_kept.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-kept.register_autograd(lambda ctx, grad: grad)
+_kept.register_autograd(lambda ctx, grad: grad)
 
 
 @register_flop_formula(torch.ops.torchft.kept)
-def _worth(*args: Any, **kwargs: Any) -> int:
-    return WORTH
+def _worth(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return WORTH * shape[0]
 
 
 UNCOUNTED = {torch.ops.torchft.kept: lambda *args, **kwargs: 0}  # for a FlopCounterMode that is asked about time

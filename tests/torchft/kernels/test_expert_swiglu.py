@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchft.kernels.expert_swiglu import expert_swiglu
+from torchft.kernels.expert_swiglu import expert_swiglu, expert_swiglu_backward
 from torchft.kernels.narrow_outer import narrow_outer
 
 COUNTS = [0, 5, 1, 0, 9]  # rows of each expert
@@ -53,6 +53,8 @@ def test_values_and_every_gradient_follow_the_formula_in_fp64() -> None:
 def test_torch_agrees_that_the_operators_are_well_formed() -> None:
     xs = inputs(COUNTS, 16, 2, dtype=torch.float32)
     torch.library.opcheck(expert_swiglu, xs)
+    grads = torch.randn(len(xs[0]), 16).t().contiguous().t(), torch.randn(len(xs[0]), 2)  # as a product may leave it
+    torch.library.opcheck(expert_swiglu_backward, (*grads, *(x.detach() for x in xs)))
     torch.library.opcheck(narrow_outer, (xs[0].detach(), xs[1].detach(), xs[-1]))
 
 

@@ -90,7 +90,9 @@ def test_experts_with_adapters_do_nothing_again_but_what_the_first_product_takes
 def test_it_is_the_identity_and_takes_no_time():
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.equal(kept(x), x) and torch.autograd.gradcheck(kept, x)
-    torch.library.opcheck(kept, (x,))
+    torch.library.opcheck(torch.ops.torchft.kept.default, (x,))
+    with torch.no_grad():
+        assert kept(x) is x  # no copies while a model answers
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         kept(x)
     assert counter.get_total_flops() == 0
