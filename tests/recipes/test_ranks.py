@@ -5,8 +5,7 @@ from math import prod
 
 import pytest
 import tiny
-import torch
-from processes import run_ranks
+from processes import NEEDS_TWO_GPUS, run_ranks
 from recipe_runs import digests, largest_difference, load_recipe, losses, newest_step, rows, train, weights
 from safetensors.torch import load_file
 
@@ -195,7 +194,7 @@ def test_what_does_not_divide_is_refused_before_loading(settings, base, tmp_path
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@NEEDS_TWO_GPUS
 @pytest.mark.parametrize(
     ("options", "bar"),
     [
@@ -218,7 +217,7 @@ def test_two_gpus_are_one(lora, settings, wide, tmp_path, no_picture, options, b
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@NEEDS_TWO_GPUS
 def test_rows_of_two_gpus_say_what_communication_took(settings, wide, tmp_path, no_picture):
     options = [*STEPS, "max_steps=6", f"checkpoint_dir={wide}", "device=cuda", "profile={first_step: 3, steps: 2}"]
     ours = together(2, "lora_finetune", settings, tmp_path / "run", *options)

@@ -99,7 +99,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_rows, d_inner):  # type: ignore[no-untyped-def]
         x, a, place, cells = ctx.saved_tensors
-        d_inner = _by_token(d_inner, cells, len(x), a)  # [t, e r]
+        d_inner = _by_token(d_inner, cells, len(x), len(a))  # [t, e r]
         d_x = collect_rows(d_rows, place, len(x)) + d_inner @ a.flatten(0, 1)
         return d_x, (d_inner.mT @ x).view_as(a), None, None, None, None
 
@@ -110,7 +110,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, inner, b, num_tokens, order, place, cells, offsets):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(inner, b, order, offsets)
-        wide = _by_token(inner, cells, num_tokens, b)  # [t, e r]
+        wide = _by_token(inner, cells, num_tokens, len(b))  # [t, e r]
         return collect_rows(rows, place, num_tokens) + wide @ b.flatten(0, 1)
 
     @staticmethod
@@ -120,11 +120,10 @@ class _Collect(torch.autograd.Function):
         return d_rows, d_inner, narrow_outer(d_rows, inner, offsets).mT, None, None, None, None, None
 
 
-def _by_token(inner: Tensor, cells: Tensor, num_tokens: int, narrow: Tensor) -> Tensor:
+def _by_token(inner: Tensor, cells: Tensor, num_tokens: int, num_experts: int) -> Tensor:
     """[n, r] -> [t, e r], zeros for experts that a token has not chosen."""
-    num_experts, rank, _ = narrow.shape
-    out = inner.new_zeros(num_tokens * num_experts, rank).index_put((cells,), inner)
-    return out.view(num_tokens, num_experts * rank)
+    out = inner.new_zeros(num_tokens * num_experts, inner.shape[1]).index_put((cells,), inner)
+    return out.view(num_tokens, -1)
 
 
 def inners(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:

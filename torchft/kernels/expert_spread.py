@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.kernels import expert_tiles
-from torchft.kernels.expert_tiles import has_kernels, row_ranges
+from torchft.kernels.expert_tiles import has_kernels, padded_sizes, row_ranges, tile_finder
 
 # Rows x columns that a program holds: the fastest of 16 settings on one H200 for 131,072 rows of 128 experts, 2048
 # wide, rank 16 (0.23 ms; 0.17 for the rows alone, and 0.18 for the dense product of all experts).
@@ -42,7 +41,7 @@ def expert_spread(x: Tensor, narrow: Tensor, order: Tensor, offsets: Tensor) -> 
         return rows, inner
     rows, inner = x.new_empty(n, d), x.new_empty(n, r)
     tensors = (y.contiguous() for y in (x, narrow, order, offsets))
-    grid, padded = (-(-n // TILE[0]) + num_experts,), expert_tiles.powers(num_experts, r)
+    grid, padded = (-(-n // TILE[0]) + num_experts,), padded_sizes(num_experts, r)
     _kernels()["spread"][grid](*tensors, rows, inner, d, n // t, r, num_experts, *padded, *TILE, **LAUNCH)
     return rows, inner
 
@@ -57,7 +56,7 @@ def _kernels() -> dict[str, Any]:
         import triton
         import triton.language as tl
 
-        find = expert_tiles.find()
+        find = tile_finder()
 
         @triton.jit
         def spread(  # type: ignore[no-untyped-def]  # Triton has no types for its pointers

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchft.kernels import expert_tiles
-from torchft.kernels.expert_tiles import has_kernels, row_ranges
+from torchft.kernels.expert_tiles import has_kernels, padded_sizes, row_ranges, tile_finder
 from torchft.kernels.narrow_outer import narrow_outer
 
 # Rows x columns that a program holds: the fastest of 40 settings on one H100 for 131,072 rows of 128 experts 768 wide,
@@ -46,7 +45,7 @@ def expert_swiglu(
     h, down_inner = gate_up.new_empty(n, f), torch.empty_like(inner)
     tensors = (x.contiguous() for x in (gate_up, inner, gate_up_b, down_a, scale, offsets))
     num_experts = len(offsets)
-    grid, padded = (-(-n // FORWARD_TILE[0]) + num_experts,), expert_tiles.powers(num_experts, r)
+    grid, padded = (-(-n // FORWARD_TILE[0]) + num_experts,), padded_sizes(num_experts, r)
     _kernels()["forward"][grid](*tensors, h, down_inner, f, r, num_experts, *padded, *FORWARD_TILE, **FORWARD_LAUNCH)
     return h, down_inner
 
@@ -78,7 +77,7 @@ def expert_swiglu_backward(
     tensors = (x.contiguous() for x in given)
     out = torch.empty_like(gate_up), torch.empty_like(inner), torch.empty_like(scale), grad_h.new_empty(grad_h.shape)
     num_experts = len(offsets)
-    grid, padded = (-(-n // BACKWARD_TILE[0]) + num_experts,), expert_tiles.powers(num_experts, r)
+    grid, padded = (-(-n // BACKWARD_TILE[0]) + num_experts,), padded_sizes(num_experts, r)
     _kernels()["backward"][grid](*tensors, *out, f, r, num_experts, *padded, *BACKWARD_TILE, **BACKWARD_LAUNCH)
     return out
 
@@ -153,7 +152,7 @@ def _kernels() -> dict[str, Any]:
         import triton
         import triton.language as tl
 
-        find = expert_tiles.find()
+        find = tile_finder()
 
         @triton.jit
         def forward(  # type: ignore[no-untyped-def]  # Triton has no types for its pointers

@@ -25,12 +25,12 @@ def row_ranges(offsets: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *stops], stops))
 
 
-def powers(num_experts: int, rank: int) -> tuple[int, int]:
+def padded_sizes(num_experts: int, rank: int) -> tuple[int, int]:
     """Both as powers of two, which kernels hold."""
     return 1 << (num_experts - 1).bit_length(), padded_rank(rank)
 
 
-def find() -> Any:
+def tile_finder() -> Any:
     """The Triton function that kernels ask for their rows. They need n / T + e programs."""
     if not kernels:
         import triton

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from torchft.kernels.expert_tiles import row_ranges
 from torchft.kernels.rows import collect_rows, spread_rows
 
 ALIGNED = 8  # bf16 values in 16 bytes
@@ -110,11 +111,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         out = F.grouped_mm(_aligned(x), _aligned(_aligned(weight).mT).mT, offs=offsets)
         return out[:, : weight.shape[2]].contiguous()
     out = x.new_empty(x.shape[0], weight.shape[2])
-    start = 0
-    for expert, stop in enumerate(offsets.tolist()):
-        if stop > start:
-            out[start:stop] = x[start:stop] @ weight[expert]
-        start = stop
+    for expert, (start, stop) in enumerate(row_ranges(offsets)):
+        out[start:stop] = x[start:stop] @ weight[expert]
     return out
 
 
@@ -124,12 +122,9 @@ def grouped_outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     if _has_kernel(x):
         out = F.grouped_mm(_aligned(x).mT, _aligned(grad), offs=offsets)
         return out[:, : x.shape[1], : grad.shape[1]].contiguous()
-    out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
-    start = 0
-    for expert, stop in enumerate(offsets.tolist()):
-        if stop > start:
-            out[expert] = x[start:stop].mT @ grad[start:stop]
-        start = stop
+    out = x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+    for expert, (start, stop) in enumerate(row_ranges(offsets)):
+        out[expert] = x[start:stop].mT @ grad[start:stop]
     return out
 
 

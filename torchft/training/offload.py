@@ -64,13 +64,16 @@ class Offload:
             return t
         kept = self._by_address.get(storage.data_ptr())
         if kept is None or kept.origin.expired() or kept.version != t._version:
-            kept = self._by_address[storage.data_ptr()] = self._send(storage, t)
+            kept = self._by_address[storage.data_ptr()] = self._keep(storage, t)
         return _View(kept, t)
 
-    def _send(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
+    def _keep(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
+        """It is sent if what is sent comes nearer to its share by that."""
         self.kept += storage.nbytes()
-        if self.offloaded + storage.nbytes() / 2 > self.share * self.kept:
-            return self._stay(storage, t)
+        is_sent = self.offloaded + storage.nbytes() / 2 <= self.share * self.kept
+        return self._send(storage, t) if is_sent else self._stay(storage, t)
+
+    def _send(self, storage: torch.UntypedStorage, t: Tensor) -> "_Kept":
         if t.is_cuda and self._out is None:
             self._out, self._in = torch.cuda.Stream(t.device), torch.cuda.Stream(t.device)
         if self.pool.is_idle and self._out is not None and self._in is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import distance, mean_nll
-from processes import run_ranks
+from processes import NEEDS_TWO_GPUS, run_ranks
 from tiny import LLAMA3_ROPE, decoder, tokens
 from torch import nn
 
@@ -208,7 +208,7 @@ def chosen_by_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@NEEDS_TWO_GPUS
 def test_two_gpus_choose_alike_by_the_fullest():
     one, other = run_ranks(chosen_by_a_gpu, 2)
     assert one == other and one[0] != {"budget": None, "share": 0.0, "offload": 0.0, "rows": 8}
