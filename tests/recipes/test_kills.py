@@ -34,8 +34,7 @@ def session(draw, folder, size, args, env):
     at_start, lasts, delay = draw.random() < 0.1, draw.randrange(MOST_STEPS), draw.random()
     metrics = folder / "metrics.jsonl"
     resumed, old = newest(folder), metrics.stat().st_ino if metrics.exists() else None
-    ranks, results = started(part, size, *args, env=env)
-    try:
+    with started(part, size, *args, env=env) as (ranks, results):
         while not at_start and not (  # the session writes the file anew, up to where it goes on, and adds its steps
             metrics.exists() and metrics.stat().st_ino != old and len(read_rows(metrics)) > resumed + lasts
         ):
@@ -48,9 +47,6 @@ def session(draw, folder, size, args, env):
         for process in ranks:
             process.join(timeout=60)  # one that was not killed notices that others were
             assert process.exitcode in (-signal.SIGKILL, 1, 3), process.exitcode
-    finally:
-        for process in ranks:
-            process.kill()
     if at_start:
         return "start"
     return "save" if list(folder.glob(".step_*")) else "step"

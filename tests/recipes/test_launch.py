@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import TWO_GPUS
+from processes import TWO_GPUS, free_port
 from recipe_runs import rows
 
 from torchft.cli import run
@@ -56,10 +55,7 @@ def statuses(folder):
 
 
 def test_two_nodes_and_one_screen(words, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
-    nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint", endpoint, "--local-addr=127.0.0.1"]
+    nodes = ["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
     results = [ended(process) for process in [launch(*nodes, *words, "parallel.replicate=2") for _ in range(2)]]
     assert [code for code, _, _ in results] == [0, 0], results
     panels = [out.count("Done") for _, out, _ in results]

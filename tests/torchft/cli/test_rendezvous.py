@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from processes import free_port
 from torch.distributed import TCPStore
 
 from torchft.cli import rendezvous
@@ -29,9 +30,7 @@ def busy():
 
 @pytest.fixture
 def free():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return free_port()
 
 
 def refused(options, match):
