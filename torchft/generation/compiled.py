@@ -1,4 +1,4 @@
-"""A step of one token per slot, compiled, apart from what training has compiled of the same blocks."""
+"""A step of one token per slot, compiled, and full prefills, apart from what training has compiled of the blocks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,8 @@ def backend_of(setting: Compile, device: torch.device) -> str | None:
 
 class CompiledStep:
     """Blocks, output layer and draws of a step, compiled at the first one. All layers of a kind share a graph.
+
+    Blocks have another graph for each shape of prefill that runs inside ``used``.
 
     ``backend``: torch.compile's. For a single slot inductor makes and tunes kernels of its own for the products with
     weights, as cuBLAS does not reach the memory's speed (https://pytorch.org/blog/accelerating-generative-ai-2/).

@@ -25,6 +25,9 @@ from torchft.modules.decoder import Decoder
 
 PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
 SHORTEST = 16  # tokens of the smallest prefill
+# Of a prefill as large as they come, to be compiled: one graph for each length of many short prompts. What is compiled
+# hangs on the shape alone, never on what came before: a resumed run computes the same bits.
+COMPILED_ROWS = 4
 STEPS_PER_LOOK = {"cuda": 4}  # at what has ended, which is read while the next steps run; elsewhere 1
 
 
@@ -37,8 +40,8 @@ class Engine:
         stop_ids: tokens that end an answer.
         vocab_size: only ids below it are drawn; None: all that the model has.
         decode: ids -> text, for requests with stop texts.
-        compile: a backend of torch.compile for the step of one token, which then always computes all slots; None: it
-            runs as it is.
+        compile: a backend of torch.compile for the step of one token, which then always computes all slots, and for
+            prefills of many prompts; None: they run as they are.
     """
 
     def __init__(
@@ -181,9 +184,10 @@ class Engine:
         filtered = self._is_filtered()
         for length, prompts in self._prefills(starts):
             held = set(prompts)
-            self._slots.prefill(
-                [start for start in starts if start.prompt in held], prompts, length=length, filtered=filtered
-            )
+            own = [start for start in starts if start.prompt in held]
+            is_full = len(prompts) == _rows_of(length) >= COMPILED_ROWS
+            blocks = self._compiled.used() if self._compiled and is_full else nullcontext()
+            self._slots.prefill(own, prompts, length=length, filtered=filtered, blocks=blocks)
         return refused
 
     def _prefills(self, starts: list[Start]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
@@ -193,9 +197,8 @@ class Engine:
             length = _power_of_two(max(len(prompt), SHORTEST), most=self.max_len)
             by_length.setdefault(length, []).append(prompt)
         for length, prompts in by_length.items():
-            most = max(1, PREFILL_TOKENS // length)
-            for i in range(0, len(prompts), most):
-                yield length, prompts[i : i + most]
+            for i in range(0, len(prompts), _rows_of(length)):
+                yield length, prompts[i : i + _rows_of(length)]
 
     def _collect(self, look: Look) -> list[Update]:
         """What is new in the slots since the look before."""
@@ -245,6 +248,11 @@ class Engine:
 
     def _is_filtered(self) -> bool:
         return any(running.request.sampling.is_filtered for running in self._running.values())
+
+
+def _rows_of(length: int) -> int:
+    """Rows of the largest prefill of so many tokens each."""
+    return max(1, PREFILL_TOKENS // length)
 
 
 def _power_of_two(n: int, *, most: int) -> int:

@@ -3,6 +3,7 @@
 Every tensor has a fixed place, so that a step can be captured as a CUDA graph and replayed.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +58,20 @@ class Slots:
         self.cache = KVCache(len(self.model.layers), num_slots=self.max_len)
         self.prompts = Prefill(self.model, reach=self.max_len, graphs=Graphs(list) if self.replays else None)
 
-    def prefill(self, starts: list[Start], prompts: list[tuple[int, ...]], *, length: int, filtered: bool) -> None:
+    def prefill(
+        self,
+        starts: list[Start],
+        prompts: list[tuple[int, ...]],
+        *,
+        length: int,
+        filtered: bool,
+        blocks: AbstractContextManager[None],
+    ) -> None:
         """Fill slots: each of ``prompts`` is computed once, whatever number of ``starts`` share it, in rows of
-        ``length`` tokens; and the first token of every answer is drawn."""
+        ``length`` tokens, inside ``blocks``; and the first token of every answer is drawn."""
         device = self.token.device
-        logits, cache = self.prompts(prompts, length=length)  # [prompts, v]
+        with blocks:
+            logits, cache = self.prompts(prompts, length=length)  # [prompts, v]
         lengths = send([len(p) for p in prompts], device=device)
         place = {prompt: i for i, prompt in enumerate(prompts)}
         source = send([place[start.prompt] for start in starts], device=device)

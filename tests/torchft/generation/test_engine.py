@@ -12,6 +12,7 @@ from tiny import decoder, tokens, transformers_model
 
 from torchft import models
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, lora_layers
+from torchft.generation import engine as engine_file
 from torchft.generation.engine import Engine
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling
@@ -223,8 +224,28 @@ def test_compiled_steps_find_the_same(monkeypatch):
         runs = engine(model, compile="aot_eager")
         before = compiled().graphs
         found = runs.complete(requests(temperature=0.0))
-    assert compiled().graphs - before == 3  # all blocks, the projection, the draw; prefill runs as it is
+    assert compiled().graphs - before == 3  # all blocks, the projection, the draw; small prefills run as they are
     assert [c.tokens for c in found] == [c.tokens for c in want]
+
+
+def test_full_prefills_are_compiled_by_their_shape(monkeypatch):
+    """And by nothing else: whatever came before, the same prompts are computed alike."""
+    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
+    model, counts = decoder().eval(), []
+    short = [PROMPTS[i] for i in (0, 2, 5, 6)]  # rows of 16 tokens, with padding
+    with cpu_kernels.installed():
+        runs, before = engine(model, num_slots=5, compile="aot_eager"), compiled().graphs
+        for prompts in (short[:3], [*short, PROMPTS[1]], short, PROMPTS[:2]):
+            asked = requests(prompts, temperature=0.0, max_new_tokens=4)
+            want = engine(model, num_slots=5).complete(asked)
+            found = runs.complete(asked)
+            assert [c.tokens for c in found] == [c.tokens for c in want]
+            for ours, theirs in zip(found, want):
+                assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)
+            counts.append(compiled().graphs - before)
+    # A step has three; one more is four prompts together's; a single one of 64 tokens, as full as it is, has none.
+    assert counts == [3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("trains_compiled", [False, True])
@@ -304,8 +325,10 @@ def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_step_of_every_family_is_one_graph(case, tmp_path):
-    """Nothing in it makes the compiler give up, and layers of a kind share theirs."""
+def test_the_step_of_every_family_is_one_graph(case, tmp_path, monkeypatch):
+    """Nothing in it, nor in a full prefill, makes the compiler give up, and layers of a kind share theirs."""
+    monkeypatch.setattr(engine_file, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 32)
     theirs = transformers_model(**CASES[case])
     theirs.save_pretrained(tmp_path)
     ours = models.load(tmp_path, dtype=torch.float32)
@@ -331,8 +354,11 @@ def test_cuda_graphs_change_nothing():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("num_slots", [1, 3])
-def test_compiled_steps_on_a_gpu(num_slots):
-    """One slot has products of its own. In fp32 the same tokens; in bf16 log-probabilities as training finds them."""
+def test_compiled_steps_on_a_gpu(num_slots, monkeypatch):
+    """And full prefills. A single slot has products of its own. In fp32 the same tokens; in bf16 log-probabilities as
+    training finds them."""
+    monkeypatch.setattr(engine_file, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 32)
     model = decoder().eval().to("cuda")
     asked = requests(PROMPTS[:4], top_p=0.9)
     want = engine(model, num_slots=num_slots).complete(asked)
