@@ -61,7 +61,22 @@ def open_weights(folder: Path) -> WeightFiles:
 
 
 class DequantisedFiles(WeightFiles):
-    """A quantised tensor has the name, shape and values that it would have if it were not."""
+    """A quantised tensor has the name, shape and values that it would have if it were not.
+
+    UserError where FP8's scales are of other blocks than those that are read here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        scaled = sorted(n for n in super().names() if super(DequantisedFiles, self).__contains__(n + SCALE))
+        shapes = {name: (super(DequantisedFiles, self).shape(name), self.shape(name + SCALE)) for name in scaled}
+        if others := [n for n, (of, scales) in shapes.items() if scales != tuple(-(-d // FP8_BLOCK) for d in of)]:
+            of, scales = shapes[others[0]]
+            raise UserError(
+                f"{folder}: {len(others)} FP8 tensors, such as {others[0]} {list(of)}, have scales of another shape "
+                f"({list(scales)}) than one for each block of {FP8_BLOCK} x {FP8_BLOCK}, which is what torchft reads: "
+                "take the original checkpoint"
+            )
 
     def names(self) -> set[str]:
         stored = super().names()

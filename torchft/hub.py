@@ -190,6 +190,7 @@ def save(
     with new_folder(folder) as new:
         write_shards(new, sizes, stored, shard_bytes=shard_bytes)
         config = {k: v for k, v in hub.config_json.items() if k not in ("torch_dtype", "dtype")}
+        config |= {key: 0 for key in names.predictors if key in config}
         config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored_dtype).removeprefix(
             "torch."
         )

@@ -14,9 +14,12 @@ from torchft.weights import WeightFiles
 def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubNames) -> None:
     """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
     want = hub_shapes(piece for parts in plan.values() for piece in parts)
-    layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
-    ignored = names.ignored.replace("{num_layers}", str(max(layers, default=-1) + 1))
-    have = {n for n in files.names() if n in want or not re.search(ignored, n)}
+    have = {n for n in files.names() if n in want or not re.search(names.ignored, n)}
+    if names.predictor:
+        layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
+        further = f"model.layers.{max(layers, default=-1) + 1}."
+        if any(name.startswith(further + names.predictor) for name in have):
+            have = {name for name in have if not name.startswith(further)}
     problems = []
     if "lm_head.weight" in have - set(want):
         problems += _tied_head(files, "lm_head.weight", want)

@@ -24,7 +24,11 @@ class HubNames:
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)  # our stacked module -> equal parts of its rows
     transposed: str | None = None  # regex on our names of stacked weights that the Hub holds as [e, in, out]
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
-    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out; {num_layers} stands for it
+    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out
+    # A module of layers behind the last one that predict further tokens, for faster decoding, and the fields of
+    # config.json that count them: such layers are left out, and what is written has none.
+    predictor: str | None = None
+    predictors: tuple[str, ...] = ()
     fresh: str | None = None  # regex on our names of parameters that a checkpoint need not hold yet: a new head
     headed: dict[str, str] = field(default_factory=dict)  # regex on the Hub's name -> what a model with a new head has
     peft_swaps: bool = False  # PEFT takes the inputs of a ``transposed`` weight for its outputs

@@ -13,6 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from torchft import hub, models
 from torchft.dequantise import open_weights
 from torchft.errors import UserError
+from torchft.models.shallow import build_shallow
 
 WIDE = {"hidden_size": 192, "intermediate_size": 160}
 
@@ -104,6 +105,18 @@ def test_a_scale_that_is_missing_is_an_error(fp8_folder):
         models.load(fp8_folder)
 
 
+def test_scales_of_other_blocks_are_refused_whatever_config_json_says(fp8_folder):
+    """Read as 128 x 128, blocks of 64 gave weights that were wrong and looked right."""
+
+    def finer(tensors):
+        for name in [n for n in tensors if n.endswith("_scale_inv")]:
+            tensors[name] = torch.ones(2, 2).kron(tensors[name])
+
+    rewrite(fp8_folder, finer)
+    with pytest.raises(UserError, match=r"FP8 tensors, such as .*scales of another shape.*block of 128 x 128"):
+        models.load(fp8_folder)
+
+
 @pytest.mark.parametrize("size", [None, [1, 128]])
 def test_other_blocks_are_refused(fp8_folder, size):
     edit_config(fp8_folder, quantization_config={"quant_method": "fp8", "weight_block_size": size})
@@ -119,6 +132,27 @@ def test_layers_behind_the_last_are_left_out(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}))
     with pytest.raises(UserError, match=r"no place for: model.layers.4.eh_proj.weight"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["glm4_moe", "deepseek_v3"])
+def test_a_layer_that_config_json_does_not_count_is_none_of_these(case, tmp_path):
+    transformers_model(**experts.CASES[case]).save_pretrained(tmp_path)
+    edit_config(tmp_path, num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"no place for: model\.layers\.2\."):
+        models.load(tmp_path)
+
+
+def test_what_is_written_counts_no_layers_that_are_left_out(tmp_path):
+    """Nor does a student of the first blocks have the teacher's."""
+    transformers_model(**experts.GLM4_MOE).save_pretrained(tmp_path / "in")
+    rewrite(tmp_path / "in", lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}))
+    edit_config(tmp_path / "in", num_nextn_predict_layers=1)
+    hub.save(models.load(tmp_path / "in"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    student = build_shallow(models.config_json(tmp_path / "in"), 2).to_empty(device="cpu")
+    hub.load_weights(student, tmp_path / "in")
+    whole = models.load(tmp_path / "in")
+    assert torch.equal(student.layers[1].self_attn.q_proj.weight.bfloat16(), whole.layers[1].self_attn.q_proj.weight)
 
 
 def test_the_correction_stays_fp32_in_files(tmp_path):

@@ -109,7 +109,8 @@ def _read(file: Path) -> Samples | None:
         log.warning("%s is damaged (%s): tokenising again", file, e)
         return None
     samples.origins = [(first, origin) for first, origin in about["origins"]]
-    samples.counts = Counts(**about["counts"] | {"dropped": Counter(about["counts"]["dropped"])})
+    counts: dict[str, Any] = {name: Counter(n) if isinstance(n, dict) else n for name, n in about["counts"].items()}
+    samples.counts = Counts(**counts)
     if samples.fingerprint() != about["fingerprint"]:
         log.warning("%s is damaged (its tokens have changed): tokenising again", file)
         return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torchft.data.messages import EmptyError, FilteredError, RowError, Values
-from torchft.data.samples import Counts, Encoded, Limits, Sample, Samples, cut, learned
+from torchft.data.samples import Counts, Encoded, Limits, Notes, Sample, Samples, cut, learned
 from torchft.data.sources import Row
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
@@ -22,7 +22,7 @@ class Made(NamedTuple):
     dropped: str = ""  # the reason
     problem: str = ""  # for the user, where the policy is to stop
     length: int = 0  # tokens before it was cut
-    has_control_text: bool = False
+    notes: Notes = Notes()
 
 
 def make(values: Values, encode: Callable[[Values], Encoded], limits: Limits) -> Made:
@@ -38,25 +38,25 @@ def make(values: Values, encode: Callable[[Values], Encoded], limits: Limits) ->
         return Made([], "empty", f"{e} (to skip such rows: empty_rows: drop)" if limits.empty_rows == "error" else "")
     except RowError as e:
         return Made([], "broken", f"{e} (to skip such rows: bad_rows: drop)" if limits.bad_rows == "error" else "")
-    length, control = len(encoded.tokens), encoded.has_control_text
+    length, notes = len(encoded.tokens), encoded.notes
     if length > limits.seq_len and limits.too_long in ("drop", "error"):
         ways = "raise seq_len, or too_long: truncate | drop"
         problem = f"{length} tokens are more than seq_len {limits.seq_len}; {ways}"
-        return Made([], "too long", problem if limits.too_long == "error" else "", length, control)
+        return Made([], "too long", problem if limits.too_long == "error" else "", length, notes)
     pieces = cut(encoded, limits.seq_len, split=limits.too_long == "split")
     samples = [learned(piece) for piece in pieces]
     trained = [sample for sample in samples if any(label != IGNORE for label in sample.labels)]
     if not trained:
         why = "cut before the first trained token" if any(encoded.train[1:]) else "nothing to train on"
-        return Made([], why, "", length, control)
-    return Made(trained, "", "", length, control)
+        return Made([], why, "", length, notes)
+    return Made(trained, "", "", length, notes)
 
 
 def note(made: Made, counts: Counts, limits: Limits) -> None:
     """Count in ``counts`` what happened to a row."""
     counts.rows += 1
     counts.longest = max(counts.longest, made.length)
-    counts.control_text += made.has_control_text
+    counts.notes.update(made.notes)
     if made.dropped:
         counts.dropped[made.dropped] += 1
     elif made.length > limits.seq_len:

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from torchft.data.messages import Message, RowError, Values, fill, is_null, text, with_system, without_empty
-from torchft.data.samples import Encoded
+from torchft.data.samples import CONTROL_TEXT, Encoded, Notes
 from torchft.errors import UserError
+from torchft.tokenizers.chat import Rendered
 from torchft.tokenizers.tokenizer import Tokenizer
 
 Encoder = Callable[[Values], Encoded]
@@ -32,7 +33,7 @@ def conversation(
         rendered = tokenizer.render(messages, tools=_tools(row), train_on=train_on)
     except UserError as e:
         raise RowError(str(e)) from None
-    return Encoded(rendered.tokens, rendered.train, has_control_text=rendered.num_escaped > 0)
+    return Encoded(rendered.tokens, rendered.train, notes_of(rendered))
 
 
 def prompt_and_answer(row: Values, *, tokenizer: Tokenizer, template: str | None, train_on: str) -> Encoded:
@@ -52,14 +53,14 @@ def prompt_and_answer(row: Values, *, tokenizer: Tokenizer, template: str | None
     before = [*start_ids(tokenizer), *plain_ids(tokenizer, prompt)]
     after = [*plain_ids(tokenizer, answer), tokenizer.eos_id]
     train = [train_on == "all"] * len(before) + [True] * len(after)
-    return Encoded(before + after, train, tokenizer.num_control(prompt) + tokenizer.num_control(answer) > 0)
+    return Encoded(before + after, train, control_notes(tokenizer, prompt, answer))
 
 
 def document(row: Values, *, tokenizer: Tokenizer, add_eos: bool) -> Encoded:
     """The column "text", all of it trained, with the end-of-text token."""
     content = text(row, "text")
     tokens = [*start_ids(tokenizer), *plain_ids(tokenizer, content), *[tokenizer.eos_id] * add_eos]
-    return Encoded(tokens, [True] * len(tokens), tokenizer.num_control(content) > 0)
+    return Encoded(tokens, [True] * len(tokens), control_notes(tokenizer, content))
 
 
 def ids(row: Values) -> Encoded:
@@ -106,6 +107,17 @@ def plain_ids(tokenizer: Tokenizer, content: str) -> list[int]:
         return tokenizer.encode(content, control=False)
     except UserError as e:
         raise RowError(str(e)) from None
+
+
+def notes_of(rendered: Rendered) -> Notes:
+    """What is odd about a rendered conversation."""
+    found = {f"hold {what} that the chat format leaves out" for what in rendered.left_out}
+    return Notes(found | {CONTROL_TEXT} if rendered.num_escaped else found)
+
+
+def control_notes(tokenizer: Tokenizer, *texts: str) -> Notes:
+    """Of plain texts, in which nothing is a control token."""
+    return Notes([CONTROL_TEXT] if any(map(tokenizer.num_control, texts)) else [])
 
 
 def _integers(row: Values, column: str) -> list[int]:

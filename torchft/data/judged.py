@@ -6,7 +6,7 @@ A prompt and an answer are both messages, or both plain text.
 from array import array
 from typing import Any
 
-from torchft.data.encoders import plain_ids, start_ids
+from torchft.data.encoders import control_notes, notes_of, plain_ids, start_ids
 from torchft.data.messages import (
     FORMATS,
     TURNS,
@@ -45,7 +45,7 @@ def pair(row: Values, *, tokenizer: Tokenizer, margin_column: str | None) -> Enc
     return Encoded(
         one.tokens + other.tokens,
         one.train + other.train,
-        has_control_text=one.has_control_text or other.has_control_text,
+        one.notes | other.notes,
         border=len(one.tokens),
         targets=() if margin_column is None else (number(row, margin_column),),
     )
@@ -75,14 +75,14 @@ def steps(row: Values, *, tokenizer: Tokenizer, end: list[int]) -> Encoded:
         tokens = list(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True).tokens)
     else:
         tokens = [*start_ids(tokenizer), *plain_ids(tokenizer, prompt)]
-    labels, control = [IGNORE] * len(tokens), tokenizer.num_control(prompt)
+    labels, texts = [IGNORE] * len(tokens), [prompt]
     for i, (part, judgement) in enumerate(zip(parts, judgements)):
         content = text({f"completions[{i}]": part}, f"completions[{i}]")
         ids = [*plain_ids(tokenizer, content), *end]
         tokens += ids
         labels += [IGNORE] * (len(ids) - 1) + [int(_is_yes(judgement, f"labels[{i}]"))]
-        control += tokenizer.num_control(content)
-    return Encoded(tokens, [label != IGNORE for label in labels], control > 0, labels=labels)
+        texts.append(content)
+    return Encoded(tokens, [label != IGNORE for label in labels], control_notes(tokenizer, *texts), labels=labels)
 
 
 def answered(prompt: Side, answer: Side, *, tokenizer: Tokenizer) -> Encoded:
@@ -90,15 +90,15 @@ def answered(prompt: Side, answer: Side, *, tokenizer: Tokenizer) -> Encoded:
     if isinstance(prompt, str) and isinstance(answer, str):
         before = [*start_ids(tokenizer), *plain_ids(tokenizer, prompt)]
         after = [*plain_ids(tokenizer, answer), tokenizer.eos_id]
-        control = tokenizer.num_control(prompt) + tokenizer.num_control(answer)
-        return Encoded(before + after, [False] * len(before) + [True] * len(after), control > 0)
+        notes = control_notes(tokenizer, prompt, answer)
+        return Encoded(before + after, [False] * len(before) + [True] * len(after), notes)
     assert isinstance(prompt, list) and isinstance(answer, list)
     messages = without_empty([*({**message, "train": False} for message in prompt), *answer])
     try:
         rendered = tokenizer.render(messages)
     except UserError as e:
         raise RowError(str(e)) from None
-    return Encoded(rendered.tokens, rendered.train, rendered.num_escaped > 0)
+    return Encoded(rendered.tokens, rendered.train, notes_of(rendered))
 
 
 def read_at_ends(samples: Samples) -> Samples:

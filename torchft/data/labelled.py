@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 from torchft.data.builder import builder
-from torchft.data.encoders import Encoder
+from torchft.data.encoders import Encoder, control_notes
 from torchft.data.judged import number
 from torchft.data.messages import RowError, Values, missing, text
-from torchft.data.samples import ENDS, Encoded
+from torchft.data.samples import ENDS, Encoded, Notes
 from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE
 from torchft.names import nearest
@@ -139,7 +139,7 @@ def compared(
     return Encoded(
         [token for part in parts for token in part.tokens],
         [trained for part in parts for trained in part.train],
-        has_control_text=any(part.has_control_text for part in parts),
+        Notes().union(*(part.notes for part in parts)),
         border=ENDS if num_negatives > 1 else len(parts[0].tokens),
         labels=[label for part in parts for label in part.labels or []],
     )
@@ -169,8 +169,7 @@ def _document(row: Values, columns: tuple[str, ...], tokenizer: Tokenizer, text_
     else:
         tokens = tokenizer.encode_pair_within(parts[0], parts[1], text_len)
     labels = [IGNORE] * (len(tokens) - 1) + [0]
-    control = any(tokenizer.num_control(part) for part in parts)
-    return Encoded(tokens, [label != IGNORE for label in labels], control, labels=labels)
+    return Encoded(tokens, [label != IGNORE for label in labels], control_notes(tokenizer, *parts), labels=labels)
 
 
 def _label(value: Any, column: str, labels: list[str]) -> str:

@@ -15,12 +15,16 @@ Policy = Literal["drop", "error"]
 ENDS = -1  # a sample's border where it has several documents, each of which ends at a token with a label
 
 
+CONTROL_TEXT = "spell a control token in their text; encoded as plain text"
+Notes = frozenset[str]  # what is odd about a row, as the end of a sentence that begins "12 rows"
+
+
 class Encoded(NamedTuple):
-    """A row's tokens, which of them are trained, and whether its text spells a control token."""
+    """A row's tokens, which of them are trained, and what is odd about it."""
 
     tokens: list[int]
     train: list[bool]
-    has_control_text: bool = False
+    notes: Notes = Notes()
     border: int = 0  # tokens of the first of two documents, a pair; 0: all are of one; ENDS: of several
     targets: tuple[float, ...] = ()  # numbers to learn besides
     labels: list[int] | None = None  # what is to be learned at each token, if not the next one
@@ -70,8 +74,8 @@ class Counts:
     longest: int = 0  # tokens of a row before it was cut
     truncated: int = 0  # rows that lost their end
     split: int = 0  # rows that became several samples
-    control_text: int = 0  # rows whose text spells a control token
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    notes: Counter[str] = field(default_factory=Counter)  # what is odd about them -> rows
 
     def add(self, other: "Counts") -> None:
         """Count what another data set's rows met too."""
@@ -79,8 +83,8 @@ class Counts:
         self.longest = max(self.longest, other.longest)
         self.truncated += other.truncated
         self.split += other.split
-        self.control_text += other.control_text
         self.dropped += other.dropped
+        self.notes += other.notes
 
 
 class Samples:

@@ -37,7 +37,7 @@ class Summary:
     truncated: int  # rows that lost their end at seq_len
     split: int  # rows that became several samples
     dropped: dict[str, int]  # reason -> rows
-    control_text: int  # rows whose text spells a control token; it was encoded as plain text
+    notes: dict[str, int]  # what is odd -> rows
     max_id: int  # highest token id
     cache: Path | None = None  # the file that the tokens were read from instead of being made
     sources: tuple[Share, ...] = ()  # of each of several data sets
@@ -75,8 +75,7 @@ class Summary:
         if self.split:
             out.append(f"{self.split:,} rows cut into pieces of seq_len ({self.split / rows:.1%})")
         out += [f"{n:,} rows dropped ({n / rows:.1%}): {reason}" for reason, n in sorted(self.dropped.items())]
-        if self.control_text:
-            out.append(f"{self.control_text:,} rows spell a control token in their text; encoded as plain text")
+        out += [f"{n:,} rows {note}" for note, n in sorted(self.notes.items())]
         return out
 
     def __str__(self) -> str:
@@ -138,7 +137,7 @@ def summarise(data: Samples | Stream) -> Summary:
         truncated=counts.truncated,
         split=counts.split,
         dropped=dict(counts.dropped),
-        control_text=counts.control_text,
+        notes=dict(counts.notes),
         max_id=int(tokens.max()) if len(tokens) else -1,
         cache=samples.cache,
         sources=shares if len(shares) > 1 else (),

@@ -8,7 +8,7 @@ A row is one sample of 2 + num_negatives documents, in this order, each with the
 from functools import partial
 
 from torchft.data.builder import builder
-from torchft.data.encoders import Encoder
+from torchft.data.encoders import Encoder, control_notes
 from torchft.data.messages import RowError, Values, missing, text
 from torchft.data.samples import ENDS, Encoded, Samples
 from torchft.errors import UserError
@@ -74,8 +74,8 @@ def encode(
         ids = tokenizer.encode_within(prompt + part, text_len)
         tokens += ids
         labels += [IGNORE] * (len(ids) - 1) + [0]
-    control = any(tokenizer.num_control(part) for part in parts)
-    return Encoded(tokens, [label != IGNORE for label in labels], control, border=ENDS, labels=labels)
+    notes = control_notes(tokenizer, *parts)
+    return Encoded(tokens, [label != IGNORE for label in labels], notes, border=ENDS, labels=labels)
 
 
 def check_lengths(samples: Samples | None, num_positions: int) -> None:

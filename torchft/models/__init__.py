@@ -44,7 +44,7 @@ from torchft.models import (
     smollm3,
     xlm_roberta,
 )
-from torchft.models.config_json import ConfigJson, unread
+from torchft.models.config_json import ConfigJson, check_sizes, unread
 from torchft.models.multimodal import TEXT_MODELS, text_config
 from torchft.modules.decoder import Decoder, DecoderConfig
 from torchft.names import nearest
@@ -147,7 +147,8 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
         config = _read(json)
     with torch.device(device):
         model: Decoder = family.build(config)
-    model.hub_format = HubFormat(family.HUB, json)
+    names = family.hub_names(config) if hasattr(family, "hub_names") else family.HUB
+    model.hub_format = HubFormat(names, json)
     return model
 
 
@@ -194,6 +195,7 @@ def _read(json: dict[str, Any]) -> DecoderConfig:
                 for path, value in strange.items()
             )
         )
+    check_sizes(config)
     return config
 
 

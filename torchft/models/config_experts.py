@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torchft.models.config_json import field, one_of
+from torchft.errors import UserError
+from torchft.models.config_json import field
 
 Json = dict[str, Any]
 
@@ -11,7 +12,7 @@ def experts_from_hub(
     json: Json, *, num_experts: int, num_dense: int, scale: float, groups: tuple[int, int]
 ) -> dict[str, Any]:
     """The fields of a config class; by name, what config.json may leave out."""
-    for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # these layers are left out
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # these layers are left out: HubNames.predictor
         json.get(key)
     experts = {
         "num_experts": field(json, "n_routed_experts", int, default=num_experts),
@@ -24,8 +25,17 @@ def experts_from_hub(
         "renormalises": field(json, "norm_topk_prob", bool, default=True),
         "expert_scale": field(json, "routed_scaling_factor", float, default=scale),
     }
-    one_of(json, "first_k_dense_replace", *range(field(json, "num_hidden_layers", int) + 1), default=num_dense)
-    one_of(json, "n_group", *(n for n in range(1, 65) if experts["num_experts"] % n == 0), default=groups[0])
+    num_layers = field(json, "num_hidden_layers", int)
+    if experts["num_dense"] not in range(num_layers + 1):
+        raise UserError(
+            f"config.json: first_k_dense_replace is {experts['num_dense']!r}, expected how many of {num_layers} layers"
+        )
+    of_group, rest = divmod(experts["num_experts"], experts["num_groups"])
+    if rest or (experts["num_groups"] > 1 and of_group < 2) or experts["top_groups"] > experts["num_groups"]:
+        raise UserError(
+            f"config.json: n_group is {experts['num_groups']} and topk_group {experts['top_groups']} of "
+            f"{experts['num_experts']} experts: groups must be equal, of two or more, and topk_group at most n_group"
+        )
     return experts
 
 

@@ -71,6 +71,14 @@ def optional(json: dict[str, Any], key: str, kind: type[T], default: T | None = 
     return None if value is None else field(json, key, kind, default=default)
 
 
+def section(json: dict[str, Any], key: str) -> dict[str, Any]:
+    """``json[key]``, an object; {} where it is absent or null."""
+    value = json.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"config.json: {key} is {value!r:.80}, expected an object")
+    return value
+
+
 def one_of(json: dict[str, Any], key: str, *values: Any, default: Any) -> Any:
     """``json[key]``, which must be one of ``values``: the structures that the family has."""
     if (value := json.get(key, default)) not in values:
@@ -144,6 +152,18 @@ def windows_to_hub(c: DecoderConfig) -> dict[str, Any]:
     """The inverse of ``windows``."""
     kinds = ["full_attention" if c.window(i) is None else "sliding_attention" for i in range(c.num_layers)]
     return {"sliding_window": max((w for w in c.windows if w), default=None), "layer_types": kinds}
+
+
+def check_sizes(c: DecoderConfig) -> None:
+    """UserError for sizes, each possible, that do not go together."""
+    num_experts, top_k = getattr(c, "num_experts", 0), getattr(c, "top_k", 0)
+    if num_experts and top_k > num_experts:
+        raise UserError(f"config.json: num_experts_per_tok is {top_k}, but there are {num_experts} experts")
+    if c.rope.rotary_dim(c.head_dim) < 2:
+        raise UserError(
+            f"config.json: partial_rotary_factor is {c.rope.partial:g}, with which no channel of a head's "
+            f"{c.head_dim} rotates"
+        )
 
 
 def heads(json: dict[str, Any], head_dim: int | None = None) -> tuple[int, int, int]:

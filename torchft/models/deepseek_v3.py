@@ -14,7 +14,7 @@ from torchft.errors import UserError
 from torchft.hub_names import HubNames
 from torchft.models import glm4_moe
 from torchft.models.config_experts import experts_from_hub, experts_to_hub
-from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
+from torchft.models.config_json import field, one_of, section, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, rope_to_hub, yarn_scale
 from torchft.models.glm4_moe import Glm4MoEConfig, mlp
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
@@ -111,7 +111,7 @@ def from_hub(json: dict[str, Any]) -> DeepseekV3Config:
     head_dim = field(json, "qk_nope_head_dim", int, default=128) + rope_dim
     for key in ("head_dim", "qk_head_dim"):  # as transformers writes them, from the two above
         one_of(json, key, rope_dim, head_dim, None, default=None)
-    section = json.get("rope_parameters") or json.get("rope_scaling") or {}
+    yarn = section(json, "rope_parameters") or section(json, "rope_scaling")
     has_query_latent = "q_lora_rank" not in json or json.get("q_lora_rank") is not None
     shape = sizes(json, context=4096, head_dim=head_dim) | {"head_dim": head_dim}
     return DeepseekV3Config(
@@ -122,8 +122,8 @@ def from_hub(json: dict[str, Any]) -> DeepseekV3Config:
         latent=field(json, "kv_lora_rank", int, default=512),
         query_latent=field(json, "q_lora_rank", int, default=1536) if has_query_latent else None,
         interleaved=field(json, "rope_interleave", bool, default=True),
-        mscale=field(section, "mscale", float) if section.get("mscale") else 0.0,
-        mscale_all_dim=field(section, "mscale_all_dim", float) if section.get("mscale_all_dim") else 0.0,
+        mscale=field(yarn, "mscale", float) if yarn.get("mscale") else 0.0,
+        mscale_all_dim=field(yarn, "mscale_all_dim", float) if yarn.get("mscale_all_dim") else 0.0,
         attention_bias=field(json, "attention_bias", bool, default=False),
     )
 

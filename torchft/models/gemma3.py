@@ -24,7 +24,6 @@ class Gemma3Config(DecoderConfig):
     local_rope: Rope  # of layers with a window
     query_scale: float  # scores are multiplied by its inverse root
     attention_bias: bool = False
-    score_soft_cap: float | None = None
     logit_soft_cap: float | None = None
 
 
@@ -65,7 +64,6 @@ def block(c: DecoderConfig, i: int) -> Block:
         q_norm=RMSNorm(c.head_dim, c.norm_eps, offset=1.0),
         k_norm=RMSNorm(c.head_dim, c.norm_eps, offset=1.0),
         scale=c.query_scale**-0.5,
-        soft_cap=c.score_soft_cap,
     )
     return Block(
         attn,
@@ -75,7 +73,7 @@ def block(c: DecoderConfig, i: int) -> Block:
         mlp_norm=RMSNorm(c.dim, c.norm_eps, offset=1.0),
         mlp_post_norm=RMSNorm(c.dim, c.norm_eps, offset=1.0),
         rope=c.rope if c.window(i) is None else c.local_rope,
-        sight=Sight(window=c.window(i), soft_cap=c.score_soft_cap is not None),
+        sight=Sight(window=c.window(i)),
     )
 
 
@@ -98,7 +96,6 @@ def from_hub(json: dict[str, Any]) -> Gemma3Config:
         windows=windows(json, lambda i: (i + 1) % every != 0, size=4096),
         attention_bias=field(json, "attention_bias", bool, default=False),
         query_scale=field(json, "query_pre_attn_scalar", float, default=256.0),
-        score_soft_cap=optional(json, "attn_logit_softcapping", float),
         logit_soft_cap=optional(json, "final_logit_softcapping", float),
     )
 
@@ -110,7 +107,6 @@ def to_hub(c: Gemma3Config) -> dict[str, Any]:
         **windows_to_hub(c),
         "attention_bias": c.attention_bias,
         "query_pre_attn_scalar": c.query_scale,
-        "attn_logit_softcapping": c.score_soft_cap,
         "final_logit_softcapping": c.logit_soft_cap,
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_parameters": {

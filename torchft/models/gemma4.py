@@ -7,7 +7,7 @@ Weights: https://huggingface.co/google
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchft.errors import UserError
@@ -76,10 +76,14 @@ CONFIGS = {
     "gemma-4-31B": _large(5376, 60, 32, 16, 21_504, 4),
 }  # fmt: skip
 
-HUB = HubNames(
-    gemma2.HUB.renamed | {r"\.per_layer_norm\b": ".post_per_layer_input_norm"},
-    ignored=r"\.self_attn\.[kv]_(proj|norm)\.",  # of layers that read another's, where released files have them
-)
+HUB = HubNames(gemma2.HUB.renamed | {r"\.per_layer_norm\b": ".post_per_layer_input_norm"})
+
+
+def hub_names(c: Gemma4Config) -> HubNames:
+    """Layers that read another's keys and values have weights for their own in released files, which nothing uses."""
+    readers = "|".join(str(i) for i in range(c.num_layers) if c.source(i) != i)
+    unused = rf"\.layers\.({readers})\.self_attn\.[kv]_(proj|norm)\."
+    return replace(HUB, ignored=rf"{HUB.ignored}|{unused}") if readers else HUB
 
 
 def block(c: DecoderConfig, i: int) -> Block:
@@ -134,10 +138,21 @@ def from_hub(json: dict[str, Any]) -> Gemma4Config:
     one_of(json, "use_bidirectional_attention", None, "vision", default=None)  # of images, not of text
     one_of(json, "enable_moe_block", False, default=False)
     full, local = ropes_from_hub(json, full=FULL, sliding=LOCAL)
+    if type(full) is Rope and full.partial != 1.0:
+        raise UserError(
+            "config.json: rope_parameters.full_attention has a partial_rotary_factor, which Gemma 4 reads of rope_type "
+            "'proportional' alone"
+        )
+    num_layers = field(json, "num_hidden_layers", int)
     base = sizes(json, tied=True, context=131_072, head_dim=256)
     shares = field(json, "attention_k_eq_v", bool, default=False)
-    layer_windows = windows(json, lambda i: (i + 1) % 6 != 0, size=512)
+    layer_windows = windows(json, lambda i: (i + 1) % 6 != 0 and i + 1 < num_layers, size=512)
     num_kv_heads, head_dim = _full_layers(json, [i for i, window in enumerate(layer_windows) if window is None], shares)
+    if num_kv_heads and base["num_heads"] % num_kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads ({base['num_heads']}) is not a multiple of num_global_key_value_heads "
+            f"({num_kv_heads})"
+        )
     return Gemma4Config(
         **base,
         rope=full,

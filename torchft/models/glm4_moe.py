@@ -69,15 +69,17 @@ RENAMED = llama3.HUB.renamed | {
     r"\.router\b": ".gate",
     r"\.shared\b": ".shared_experts",
 }
-# Layers behind the last one predict further tokens, for faster decoding; nobody trains them here.
-FURTHER = r"\.rotary_emb\.inv_freq$|^model\.layers\.{num_layers}\."
+_EITHER: dict[str, Any] = {
+    "keeps_dtype": r"\.correction$",
+    "predictor": "eh_proj.",
+    "predictors": ("num_nextn_predict_layers", "num_mtp_layers"),
+}
 HUB = HubNames(
     RENAMED,
     per_expert=r"\.experts\b",
     split={"gate_up_proj": ("gate_proj", "up_proj")},
-    keeps_dtype=r"\.correction$",
-    ignored=FURTHER,
-    stacked=HubNames(RENAMED | STACKED, keeps_dtype=r"\.correction$", ignored=FURTHER),
+    stacked=HubNames(RENAMED | STACKED, **_EITHER),
+    **_EITHER,
 )
 
 

@@ -115,7 +115,7 @@ def from_hub(json: dict[str, Any]) -> Llama4Config:
     moe_layers = json.get("moe_layers")
     if moe_layers is None:
         moe_layers = list(range(every - 1, num_layers, every))
-    if not isinstance(moe_layers, list) or not set(moe_layers) <= set(range(num_layers)):
+    if not isinstance(moe_layers, list) or any(i not in range(num_layers) for i in moe_layers):
         raise UserError(f"config.json: moe_layers is {moe_layers!r:.80}, expected numbers of {num_layers} layers")
     rope_layers = layers_with_rope(json)
     chunk = optional(json, "attention_chunk_size", int, default=8192)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchft.models import llama3
-from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
+from torchft.models.config_json import field, one_of, section, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, section_to_hub
 from torchft.modules.attention import Attention, QueryGrowth
 from torchft.modules.decoder import Block, Decoder, DecoderConfig
@@ -59,13 +59,13 @@ def from_hub(json: dict[str, Any]) -> Ministral3Config:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Ministral 3 does not have."""
     one_of(json, "hidden_act", "silu", default="silu")
     one_of(json, "sliding_window", None, default=None)
-    rope = json.get("rope_parameters") or {}
+    rope = section(json, "rope_parameters")
     rope.get("max_position_embeddings")  # said twice
     return Ministral3Config(
         **sizes(json, eps=1e-5, context=262_144, head_dim=128),
-        rope=rope_from_hub(json, base=1e6),
+        rope=rope_from_hub(json),
         growth=QueryGrowth(
-            beta=field(rope, "llama_4_scaling_beta", float),
+            beta=0.0 if rope.get("llama_4_scaling_beta") == 0 else field(rope, "llama_4_scaling_beta", float),
             every=field(rope, "original_max_position_embeddings", int),
         ),
     )

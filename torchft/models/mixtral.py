@@ -79,7 +79,7 @@ def from_hub(json: dict[str, Any]) -> MixtralConfig:
     one_of(json, "router_jitter_noise", 0.0, None, default=0.0)
     return MixtralConfig(
         **sizes(json, eps=1e-5, context=131_072),
-        rope=rope_from_hub(json),
+        rope=rope_from_hub(json, base=1e6),
         windows=windows(json, lambda i: True),
         num_experts=field(json, "num_local_experts", int, default=8),
         top_k=field(json, "num_experts_per_tok", int, default=2),

@@ -15,6 +15,8 @@ TEXT_MODELS = {
     "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
 }
+# Of the file, not of one of its parts.
+OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 # What released files leave out because it is transformers' default.
 DEFAULTS = {"gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}}
 
@@ -42,5 +44,5 @@ def text_config(json: dict[str, Any]) -> dict[str, Any]:
             f"config.json: text_config of {name} is of model_type {found!r}; torchft trains {', '.join(kinds)}"
         )
     kind = text["model_type"]
-    outer = {key: json[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in json}
+    outer = {key: json[key] for key in OF_THE_WHOLE if key in json}
     return {**DEFAULTS.get(kind, {}), **text, **outer, "architectures": [kinds[kind]]}

@@ -135,7 +135,7 @@ def from_hub(json: dict[str, Any]) -> DecoderConfig:
     json.get("original_max_position_embeddings")  # LongRoPE's, and without effect otherwise
     one_of(json, "full_attn_mod", 1, default=1)
     one_of(json, "interpolate_factor", 1, default=1)
-    rope = rope_from_hub(json)
+    rope = rope_from_hub(json, original=4096)
     return DecoderConfig(
         **sizes(json, eps=1e-5, context=4096),
         rope=rope,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchft.errors import UserError
 from torchft.models import qwen3_next
-from torchft.models.config_json import field, one_of, sizes, sizes_to_hub
+from torchft.models.config_json import field, one_of, section, sizes, sizes_to_hub
 from torchft.models.config_rope import rope_from_hub, rope_to_hub
 from torchft.models.qwen3 import begin, end, result
 from torchft.models.qwen3_next import HUB, Qwen3NextConfig, block, build, mixers_from_hub  # noqa: F401
@@ -50,9 +50,9 @@ CONFIGS = {
 
 def from_hub(json: dict[str, Any]) -> Qwen3NextConfig:
     """Sizes from a config.json, by a fixed list of its fields. Raises UserError for what Qwen 3.5 does not have."""
-    section = json.get("rope_parameters") or {}
+    rope = section(json, "rope_parameters")
     for key in ("mrope_section", "mrope_interleaved"):  # how images' positions are spread; text has one position
-        section.get(key)
+        rope.get(key)
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"):  # not of what is trained
         json.get(key)
     one_of(json, "mlp_only_layers", [], None, default=[])

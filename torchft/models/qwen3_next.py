@@ -57,13 +57,16 @@ RENAMED = llama3.HUB.renamed | {
     r"\.shared_gate\b": ".shared_expert_gate",
     r"\.shared\b": ".shared_expert",
 }
-FURTHER = r"\.rotary_emb\.inv_freq$|^mtp\."  # mtp: layers that predict further tokens, for faster decoding
+FURTHER: dict[str, Any] = {  # mtp: layers that predict further tokens, for faster decoding
+    "ignored": r"\.rotary_emb\.inv_freq$|^mtp\.",
+    "predictors": ("mtp_num_hidden_layers",),
+}
 HUB = HubNames(
     RENAMED,
     per_expert=r"\.experts\b",
     split={"gate_up_proj": ("gate_proj", "up_proj")},
-    ignored=FURTHER,
-    stacked=HubNames(RENAMED | STACKED, ignored=FURTHER),
+    stacked=HubNames(RENAMED | STACKED, **FURTHER),
+    **FURTHER,
 )
 
 
@@ -140,15 +143,23 @@ def mixers_from_hub(json: dict[str, Any]) -> dict[str, Any]:
     kinds = json.get("layer_types")
     if kinds is None:
         kinds = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
-    if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - {"linear_attention", "full_attention"}:
+    known = ("linear_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
         raise UserError(
             f"config.json: layer_types is {kinds!r:.80}, expected 'linear_attention' or 'full_attention' for each of "
             f"{num_layers} layers"
         )
+    num_heads = field(json, "linear_num_value_heads", int, default=32)
+    num_key_heads = field(json, "linear_num_key_heads", int, default=16)
+    if num_heads % num_key_heads:
+        raise UserError(
+            f"config.json: linear_num_value_heads ({num_heads}) is not a multiple of linear_num_key_heads "
+            f"({num_key_heads})"
+        )
     return {
         "is_recurrent": tuple(kind == "linear_attention" for kind in kinds),
-        "delta_heads": field(json, "linear_num_value_heads", int, default=32),
-        "delta_key_heads": field(json, "linear_num_key_heads", int, default=16),
+        "delta_heads": num_heads,
+        "delta_key_heads": num_key_heads,
         "delta_key_dim": field(json, "linear_key_head_dim", int, default=128),
         "delta_value_dim": field(json, "linear_value_head_dim", int, default=128),
         "conv_kernel": field(json, "linear_conv_kernel_dim", int, default=4),

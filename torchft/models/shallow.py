@@ -22,7 +22,8 @@ def build_shallow(config_json: dict[str, Any], num_layers: int) -> Decoder:
     places = {key: [i for i in config_json[key] if i < num_layers] for key in ("moe_layers",) if config_json.get(key)}
     model = build(config_json | lists | counts | places | {"num_hidden_layers": num_layers})
     names = model.hub_format.names
-    rest = "|".join(str(i) for i in range(num_layers, whole))
+    further = sum(config_json.get(key) or 0 for key in names.predictors)
+    rest = "|".join(str(i) for i in range(num_layers, whole + further))
     if rest:
         names = replace(names, ignored=rf"{names.ignored}|\.layers\.({rest})\.")
     model.hub_format = replace(model.hub_format, names=names)

@@ -63,11 +63,11 @@ def from_hub(json: dict[str, Any]) -> SmolLM3Config:
     one_of(json, "hidden_act", "silu", default="silu")
     json.get("max_window_layers")  # Qwen's word, without meaning here
     has_rope = layers_with_rope(json)
-    found = windows(json, lambda i: not has_rope[i])
+    slides = field(json, "use_sliding_window", bool, default=False)  # counts where there are no layer_types
     return SmolLM3Config(
         **sizes(json, tied=True, context=32_768),
         rope=rope_from_hub(json, base=2_000_000.0),
-        windows=found if field(json, "use_sliding_window", bool, default=False) else (),
+        windows=windows(json, lambda i: slides and not has_rope[i]),
         has_rope=has_rope,
         attention_bias=field(json, "attention_bias", bool, default=False),
         mlp_bias=field(json, "mlp_bias", bool, default=False),
@@ -81,7 +81,7 @@ def layers_with_rope(json: dict[str, Any]) -> tuple[bool, ...]:
     marks = json.get("no_rope_layers")
     if marks is None:
         return tuple((i + 1) % every != 0 for i in range(num_layers))
-    if not isinstance(marks, list) or len(marks) < num_layers or not set(marks) <= {0, 1}:
+    if not isinstance(marks, list) or len(marks) < num_layers or any(mark not in (0, 1) for mark in marks):
         raise UserError(
             f"config.json: no_rope_layers is {marks!r:.80}, expected a 0 or 1 for each of {num_layers} layers"
         )

@@ -36,13 +36,14 @@ class Rendered:
     tokens: list[int]
     train: list[bool]
     num_escaped: int = 0  # strings in message text that look like control tokens and were encoded as plain text
+    left_out: tuple[str, ...] = ()  # what the messages hold and the chat format does not say, such as "reasoning"
 
 
 def prepare(messages: Sequence[Message], *, add_generation_prompt: bool, train_on: str) -> list[Message]:
     """The messages as formats want them, each assistant one with ``train``. Raises UserError naming message and rule.
 
-    With a generation prompt nothing is to be learned. Keys that are None are dropped, and tool-call
-    arguments that are JSON text (OpenAI's form) are parsed.
+    With a generation prompt nothing is to be learned. Keys that are None and lists of no tool calls are dropped, and
+    tool-call arguments that are JSON text (OpenAI's form) are parsed.
     """
     if train_on not in ("assistant", "last", "all"):
         raise UserError(
@@ -102,10 +103,29 @@ def split_thought(message: Message, index: int) -> tuple[str, str]:
     return before.rstrip("\n").rpartition("<think>")[2].lstrip("\n"), content.lstrip("\n")
 
 
+def left_out(messages: Sequence[Message], tools: list[Any] | None, text: str) -> tuple[str, ...]:
+    """What ``text``, the conversation as it is rendered, does not say: formats drop what they have no place for.
+
+    Of reasoning only that of answers to be learned counts: most formats leave earlier turns' out on purpose.
+    """
+
+    def lacks(part: Any) -> bool:
+        return isinstance(part, str) and part.strip() not in text
+
+    names = [tool.get("function", tool).get("name") for tool in tools or [] if isinstance(tool, dict)]
+    found = {
+        "tools": any(map(lacks, names)),
+        "a system message": any(m["role"] in ("system", "developer") and lacks(m.get("content")) for m in messages),
+        "reasoning": any(m.get("train") and any(lacks(m.get(key)) for key in REASONING) for m in messages),
+        "text beside a tool call": any("tool_calls" in m and lacks(m.get("content")) for m in messages),
+    }
+    return tuple(what for what, is_lacking in found.items() if is_lacking)
+
+
 def _message(i: int, message: Message) -> Message:
     if not isinstance(message, dict):
         raise UserError(f"message {i}: expected a mapping with 'role' and 'content', found {type(message).__name__}")
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""

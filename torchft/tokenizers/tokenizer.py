@@ -14,7 +14,7 @@ from torchft.names import nearest
 from torchft.tokenizers.added import AddedTokens
 from torchft.tokenizers.affixes import Around
 from torchft.tokenizers.bpe import ByteBPE
-from torchft.tokenizers.chat import Message, Rendered, Segment, check_unicode, prepare
+from torchft.tokenizers.chat import Message, Rendered, Segment, check_unicode, left_out, prepare
 from torchft.tokenizers.spm import SentencePieceBPE
 from torchft.tokenizers.unigram import Unigram
 from torchft.tokenizers.wordpiece import WordPiece
@@ -145,7 +145,8 @@ class Tokenizer:
         segments = self._chat(prepared, tools=tools, add_generation_prompt=add_generation_prompt, **options)
         rendered = self._encode(segments)
         train = [True] * len(rendered.tokens) if train_on == "all" else rendered.train
-        return Rendered(rendered.tokens, train, sum(map(self._num_escaped, prepared)))
+        absent = left_out(prepared, tools, "".join(segment.text for segment in segments))
+        return Rendered(rendered.tokens, train, sum(map(self._num_escaped, prepared)), absent)
 
     def _encode(self, segments: Sequence[Segment]) -> Rendered:
         """Control tokens are cut out of control segments; the rest is encoded in runs that cross segment borders."""

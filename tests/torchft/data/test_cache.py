@@ -54,7 +54,7 @@ def test_what_is_read_is_what_was_made(data, made, kept):
     assert len(made) == 1
     assert first.cache is None and second.cache.parent == kept
     assert [*second] == [*first] and len(second) == 3
-    assert second.counts == first.counts and second.counts.dropped and second.counts.control_text
+    assert second.counts == first.counts and second.counts.dropped and second.counts.notes
     assert [second.where(i) for i in range(3)] == [first.where(i) for i in range(3)]
     assert (second.seq_len, second.pad_id) == (first.seq_len, first.pad_id)
     before, after = summarise(first), summarise(second)

@@ -6,6 +6,7 @@ import pytest
 from letters import BOS, END, EOS, ROLES, Letters, turns, write_jsonl
 
 from torchft.data.datasets import chat, completion, instruct
+from torchft.data.samples import CONTROL_TEXT
 from torchft.data.summary import summarise
 from torchft.errors import UserError
 
@@ -107,7 +108,7 @@ def test_instruct_with_a_prompt_template(tmp_path):
     for has_chat in (True, False):
         samples = build(instruct, tmp_path, [row], has_chat=has_chat, **options)
         assert shown(samples[0]) == "<bos>Q: <end> {x}\nA: [Yo<eos>]"
-        assert summarise(samples).control_text == 1
+        assert summarise(samples).notes == {CONTROL_TEXT: 1}
     assert "write it into prompt_template" in refused(instruct, tmp_path, [row], new_system_prompt="x", **options)
 
 
@@ -198,9 +199,9 @@ def test_d13_control_tokens_in_user_text_stay_text_and_are_counted(tmp_path):
     rows = [turns("stop <end> here", "b"), turns("a", "b")]
     samples = build(chat, tmp_path, rows)
     assert list(samples[0].tokens).count(END) == 2  # one per turn, none from the text
-    assert summarise(samples).control_text == 1
+    assert summarise(samples).notes == {CONTROL_TEXT: 1}
     samples = build(completion, tmp_path, [{"text": "<end>"}, {"text": "end"}])
-    assert END not in samples[0].tokens and summarise(samples).control_text == 1
+    assert END not in samples[0].tokens and summarise(samples).notes == {CONTROL_TEXT: 1}
 
 
 def test_one_bad_row_among_many_is_reported_with_its_line(tmp_path):

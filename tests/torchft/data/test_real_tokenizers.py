@@ -11,6 +11,7 @@ from letters import turns, write_jsonl
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from torchft.data.datasets import chat, completion, instruct
+from torchft.data.samples import CONTROL_TEXT
 from torchft.tokenizers import bpe, load
 
 transformers.logging.set_verbosity_error()
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
 def test_chat_equals_transformers(folder, tmp_path):
     tokenizer, theirs = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
     samples = chat(write_jsonl(tmp_path / "d.jsonl", ROWS), tokenizer=tokenizer, seq_len=500).samples()
-    assert samples.counts.control_text == 1
+    assert samples.counts.notes == {CONTROL_TEXT: 1}
     for i, row in enumerate(ROWS):
         if i == 0:  # transformers turns user text into control tokens, so it has no answer to compare with
             assert samples[i].tokens.count(tokenizer.encode("<|eot_id|>")[0]) == 4
@@ -80,7 +81,7 @@ def test_plain_text_starts_as_in_transformers_and_ends_with_eos(folder, tmp_path
     answer = theirs("there <|eot_id|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert samples[0].tokens == [*prompt, *answer, theirs.eos_token_id]
     assert samples[0].labels == [-100] * (len(prompt) - 1) + [*answer, theirs.eos_token_id, -100]
-    assert samples.counts.control_text == 1
+    assert samples.counts.notes == {CONTROL_TEXT: 1}
 
 
 def test_d13_plain_text_never_becomes_a_control_token(folder, tmp_path):
@@ -94,4 +95,4 @@ def test_d13_plain_text_never_becomes_a_control_token(folder, tmp_path):
     assert document[0].tokens == [begin, *plain, end]
     answered = instruct(path, tokenizer=tokenizer, seq_len=500, prompt_template="{prompt}").samples()
     assert answered[0].tokens == [begin, *plain, *plain, end]
-    assert document.counts.control_text == answered.counts.control_text == 1
+    assert document.counts.notes == answered.counts.notes == {CONTROL_TEXT: 1}

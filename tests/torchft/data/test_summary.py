@@ -4,7 +4,7 @@ import pytest
 
 from torchft.data.collect import collect
 from torchft.data.messages import EmptyError
-from torchft.data.samples import Encoded, Limits
+from torchft.data.samples import CONTROL_TEXT, Encoded, Limits, Notes
 from torchft.data.sources import Row
 from torchft.data.summary import summarise
 from torchft.errors import UserError
@@ -21,14 +21,14 @@ def summary(*encoded, seq_len=4):
 
 
 LONG = ([1, 2, 3, 4, 90, 91], [False, False, True, True, True, True])
-SHORT = ([1, 2, 60], [False, False, True], True)
+SHORT = ([1, 2, 60], [False, False, True], Notes([CONTROL_TEXT]))
 UNTRAINED = ([1, 2], [False, False])
 
 
 def test_counts_and_lines():
     found = summary(LONG, SHORT, UNTRAINED, None, None)
     assert (found.rows, found.samples, found.tokens, found.supervised) == (5, 2, 7, 3)
-    assert (found.longest, found.truncated, found.control_text, found.max_id) == (6, 1, 1, 60)
+    assert (found.longest, found.truncated, found.notes, found.max_id) == (6, 1, {CONTROL_TEXT: 1}, 60)
     assert found.supervised_share == 3 / 7
     assert found.lines() == [
         "5 rows -> 2 samples, 7 tokens",

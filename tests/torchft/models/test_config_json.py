@@ -86,7 +86,7 @@ BAD = {
     "odd_head": ({"head_dim": 15}, "head_dim is 15.*even"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
     "rope_type": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported; known are"),
-    "rope_not_an_object": ({"rope_scaling": 2.0}, "RoPE section is 2.0, expected an object"),
+    "rope_not_an_object": ({"rope_scaling": 2.0}, "rope_scaling is 2.0, expected an object"),
     "rope_factor_missing": ({"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
     "rope_original_length": (
         {"rope_scaling": LLAMA3_TYPE | SCALING | {"original_max_position_embeddings": None}},
@@ -126,6 +126,70 @@ FIRST = {  # a released config.json of each family
     family: next(json for repo, (json, _) in RELEASED.items() if repo.split("/")[1] in module.CONFIGS)
     for family, module in FAMILIES.items()
 }
+
+
+IMPOSSIBLE = {
+    "more experts than there are": (
+        "mixtral",
+        {"num_experts_per_tok": 9},
+        "num_experts_per_tok is 9, but there are 8 exp",
+    ),
+    "groups of one": (
+        "deepseek_v3",
+        {"n_group": 256},
+        "n_group is 256 and topk_group 4 of 256 experts: groups must be",
+    ),
+    "unequal groups": ("glm4_moe", {"n_group": 7}, "n_group is 7 and topk_group 1 of 128 experts"),
+    "too many groups": ("deepseek_v3", {"topk_group": 9}, "n_group is 8 and topk_group 9 of 256"),
+    "dense layers": (
+        "glm4_moe",
+        {"first_k_dense_replace": 99},
+        "first_k_dense_replace is 99, expected how many of 46 lay",
+    ),
+    "DeltaNet's heads": (
+        "qwen3_next",
+        {"linear_num_key_heads": 5},
+        r"linear_num_value_heads \(32\) is not a multiple of",
+    ),
+    "nothing rotates": (
+        "glm4",
+        {"partial_rotary_factor": 0.001},
+        "partial_rotary_factor is 0.001, with which no channel",
+    ),
+    "a list for RoPE": ("ministral3", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+    "a list for RoPE, too": ("qwen3_5", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+    "lists for layers": ("llama4", {"moe_layers": [[1]]}, r"moe_layers is \[\[1\]\], expected numbers of 48 layers"),
+    "lists for RoPE's": ("smollm3", {"no_rope_layers": [[1]] * 36}, r"no_rope_layers is \[\[1\], .*expected a 0 or 1"),
+    "lists for kinds": (
+        "qwen3_next",
+        {"layer_types": [["full_attention"]] * 48},
+        "layer_types is .*expected 'linear_att",
+    ),
+    "caps": ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    "heads of full layers": (
+        "gemma4",
+        {"num_global_key_value_heads": 3, "attention_k_eq_v": True},
+        "num_global_key_value",
+    ),
+    "vLLM's word": (
+        "qwen3",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8782488562869419}},
+        r"attn_factor is 0.878.*attention_factor: 1.13863, as transformers computes it, or 1, as vLLM does",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_numbers_that_do_not_go_together(family, changes, message):
+    with pytest.raises(UserError, match=message):
+        models.build(FIRST[family] | changes)
+
+
+def test_a_growth_of_nothing():
+    """Devstral 2 is a Ministral 3 whose queries do not grow."""
+    json = FIRST["ministral3"]
+    model = models.build(json | {"rope_parameters": json["rope_parameters"] | {"llama_4_scaling_beta": 0.0}})
+    assert model.config.growth.beta == 0.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

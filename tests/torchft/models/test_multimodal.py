@@ -5,7 +5,7 @@ import torch
 import transformers
 from families import CASES
 from safetensors.torch import load_file, save_file
-from tiny import SIZES, random_, tokens
+from tiny import SIZES, edit_config, random_, tokens
 
 from torchft import hub, models
 from torchft.errors import UserError
@@ -67,6 +67,18 @@ def test_the_wholes_word_on_tied_embeddings_counts():
     assert theirs.tie_word_embeddings  # which is what its lm_head follows
     model = models.build(whole | {"text_config": text | {"tie_word_embeddings": False}})
     assert model.lm_head is None
+
+
+def test_the_wholes_quantisation_counts(tmp_path):
+    """It stands beside the text model's section, not in it."""
+    multimodal(tmp_path, "mistral")
+    fp8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    edit_config(tmp_path, quantization_config=fp8)
+    with pytest.raises(UserError, match=r"quantised weights .quant_method 'fp8'.*take the original checkpoint"):
+        models.load(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    hub.save(models.load(tmp_path), tmp_path / "out")
+    assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
 
 
 def test_a_text_model_that_we_have_not():

@@ -1,5 +1,7 @@
 """Gemma 4 E2B's blocks, recomputed, compiled and sharded; the weights that released files have for nothing."""
 
+import json
+
 import pytest
 import torch
 from families import CASES
@@ -102,6 +104,13 @@ def test_weights_that_nobody_reads_are_left_out(folder, tmp_path):
     save_file(weights | {"model.layers.3.self_attn.z_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="z_proj"):
         models.load(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["layer_types"][1] == "full_attention"  # whose values are keys, says the next line
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_k_eq_v": True}))
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"no place for: model\.layers\.1\.self_attn\.v_proj"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"lacks 1 of .*layers\.1\.self_attn\.k_proj"):

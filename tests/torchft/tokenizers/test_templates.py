@@ -56,6 +56,39 @@ def test_ids_of_released_templates(name, make):
     assert num_compared >= len(PLAIN) - 2
 
 
+THOUGHT = [system("Be brief."), user("2+2?"), {**assistant("It is 4."), "reasoning_content": "Two and two are four."}]
+BESIDE = [user("Weather?"), {**call("get_weather", {"city": "Bern"}), "content": "I shall look."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "expected"),
+    [
+        ("qwen3_training", THOUGHT, TOOLS, ()),
+        ("qwen3_training", BESIDE, TOOLS, ()),
+        ("phi3", THOUGHT, TOOLS, ("tools", "reasoning")),
+        ("qwen2_5", THOUGHT, TOOLS, ("reasoning",)),
+        ("llama3_1", THOUGHT, TOOLS, ("reasoning",)),
+        ("llama3_1", BESIDE, TOOLS, ("text beside a tool call",)),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", THOUGHT, None,
+         ("a system message", "reasoning")),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_told(make, name, messages, tools, expected):
+    tokenizer = load(make(name if "{" in name else template(name)))
+    assert tokenizer.render(messages, tools=tools, train_on="last").left_out == expected
+    asked = [{**message, "train": False} if message["role"] == "assistant" else message for message in messages]
+    assert "reasoning" not in tokenizer.render(asked, tools=tools).left_out  # of a turn that is only context
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama3", "gptoss", "qwen2_5"])
+def test_no_calls_are_as_good_as_none(make, name):
+    """Exported data sets give every message the list."""
+    tokenizer = load(make(template(name)))
+    messages = PLAIN["two turns"]
+    listed = [{**message, "tool_calls": []} if message["role"] == "assistant" else message for message in messages]
+    assert tokenizer.render(listed, train_on="last").tokens == tokenizer.render(messages, train_on="last").tokens
+
+
 @pytest.mark.parametrize("name", [n for n in RELEASED if n.endswith("_training") and not n.startswith(VISION)])
 def test_masks_of_generation_marks(name, make):
     folder = make(template(name))
