@@ -1,6 +1,7 @@
 """GRPO from end to end on the demo's model: against transformers, divided, on ranks, resumed, and that it learns."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -119,6 +120,9 @@ def part(folder, overrides):
         ([], [*FULL, "kl_coef=0.1", "max_steps=1"]),
         (["parallel.tp=2"], [*FULL, "share_prompts=true", "importance_cap=null"]),
         (["parallel.cp=2"], ["kl_coef=0.1", SGD, "share_prompts=false"]),
+        ([], [*FULL, "method=reinforce_pp", "max_steps=1"]),
+        (["parallel.cp=2"], [*FULL, "method=reinforce_pp_baseline", "max_steps=1", "share_prompts=false"]),
+        ([], [*FULL, "method=reinforce_pp_baseline", "max_steps=1"]),
         (["parallel.tp=2", "parallel.cp=2"], ["mini_batches=2", SGD, "method=gspo", "share_prompts=false"]),
     ],
 )
@@ -221,7 +225,7 @@ def test_several_updates_of_a_rollout(grpo, tmp_path):
         "lr_schedule=torchft.training.schedules.linear",
     )
     [row] = rows(run)
-    assert row["clipped"] > 0.01 and row["mismatch_kl"] < 1e-6
+    assert row["clipped"] > 0.01 and row["mismatch_kl"] < 1e-6 and row["capped"] == 0
     assert 0 < row["lr"] < 0.02 * 0.3  # the last of four
 
 
@@ -271,12 +275,14 @@ def test_groups_that_teach_nothing_are_replaced(grpo, tmp_path):
     assert after["groups_equal"] < before["groups_equal"]
 
 
-def test_prompts_that_are_too_long_are_counted(grpo, tmp_path):
+def test_prompts_that_are_too_long_are_counted_and_the_first_is_named(grpo, tmp_path, caplog):
     long = [{"prompt": 'Write "abc" backwards.', "answer": "cba"}] * 2 + [{"prompt": "a" * 60, "answer": "b"}] * 2
     path = write_jsonl(tmp_path / "p.jsonl", long)
     run = grpo(tmp_path / "run", f"prompts.source={path}", "max_steps=1")
     [row] = rows(run)
     assert row["ended/too_long"] == 0.5
+    [told] = [m for m in caplog.messages if "leave no room for an answer in seq_len 48" in m]
+    assert re.match(rf"{path}:[34]: its 6\d tokens", told)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +292,8 @@ def test_prompts_that_are_too_long_are_counted(grpo, tmp_path):
         ("rollout.rewards=[]", "nothing to learn"),
         ("rollout.max_turns=2", "give an environment"),
         ("rollout.group_size=1", "at least 2"),
+        ("overlong_buffer=13", "every answer would be penalised"),
+        ("lora.dropout=0.1", "lora.dropout: .*leave it 0"),
         ("mini_batches=3", "do not divide"),
         ("rollout.sampling.max_new_tokens=48", "no room"),
         ("method=gppo", "expected 'grpo', 'dr_grpo'"),

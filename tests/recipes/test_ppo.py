@@ -100,7 +100,14 @@ def test_resume_is_bit_exact(ppo, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("override", "problem"),
-    [("gamma=1.5", "gamma"), ("mini_batches=5", "do not divide"), ("nf4={}", "nf4"), ("lam=2", "lam")],
+    [
+        ("rollout.resample=1", "every round would be taken"),
+        ("lora.dropout=0.1", "leave it 0"),
+        ("gamma=1.5", "gamma"),
+        ("mini_batches=5", "do not divide"),
+        ("nf4={}", "nf4"),
+        ("lam=2", "lam"),
+    ],
 )
 def test_configs_that_cannot_work(ppo, tmp_path, override, problem):
     with pytest.raises(UserError, match=problem):

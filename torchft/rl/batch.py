@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torchft.documents import Documents
 from torchft.losses.likelihood import IGNORE
-from torchft.losses.policy import Totals
+from torchft.losses.policy import Baseline, Totals, group_advantages
+from torchft.ranks import gather
 from torchft.rl.rollout import Episode
 from torchft.training.distributed import World
 
@@ -61,6 +62,14 @@ def _moved(batch: T, device: torch.device) -> T:
     return replace(batch, **parts)
 
 
+def advantages(rewards: Tensor, *, group_size: int, baseline: Baseline, world: World) -> Tensor:
+    """`group_advantages` of this rank's ``rewards`` [n], groups one after the other, among those of all ranks."""
+    parts = gather(rewards)[:: world.tokens.count]  # ranks that share rows have the same ones
+    found = group_advantages(torch.cat(parts).view(-1, group_size), baseline).flatten()
+    own: Tensor = found.split([len(part) for part in parts])[world.data_rank]
+    return own
+
+
 def countable(episodes: Sequence[Episode], rewards: Tensor, *, skip_truncated: bool) -> list[bool]:
     """Which of them are trained on: with a token, a reward [n] that is known and, if wanted, an end of their own."""
     return [
@@ -80,20 +89,21 @@ def rows(
 ) -> Rows:
     """The episodes of ``numbers``, whose ``scores`` [n] and whether they count are indexed by these numbers.
 
-    ``length``: tokens of a row, for compiled blocks, which want one shape; None: as the longest needs.
+    Rows of episodes that do not count are empty: a prompt may be longer than any answer could follow. ``length``:
+    tokens of a row, for compiled blocks, which want one shape; None: as the longest needs.
     """
-    longest = max(len(episodes[i].tokens) for i in numbers) if length is None else length
+    longest = max((len(episodes[i].tokens) for i in numbers if counts[i]), default=1) if length is None else length
     b, s = len(numbers), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     tokens, labels = torch.full((b, s), pad_id), torch.full((b, s), IGNORE)
     logps = torch.zeros(b, s)
     for row, i in enumerate(numbers):
+        if not counts[i]:
+            continue
         episode, n = episodes[i], len(episodes[i].tokens)
-        held = torch.tensor(episode.tokens)
+        held, chosen = torch.tensor(episode.tokens), torch.tensor(episode.chosen)[1:]
         tokens[row, :n] = held
-        if counts[i]:
-            chosen = torch.tensor(episode.chosen)[1:]
-            labels[row, : n - 1] = torch.where(chosen, held[1:], IGNORE)
-            logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
+        labels[row, : n - 1] = torch.where(chosen, held[1:], IGNORE)
+        logps[row, : n - 1] = torch.tensor(episode.logps)[1:]
     own = torch.tensor(list(numbers), dtype=torch.int64)
     where = tuple(episodes[i].prompt.where for i in numbers)
     return Rows(tokens=tokens, labels=labels, sampler_logps=logps, scores=scores[own], where=where)

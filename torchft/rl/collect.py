@@ -1,5 +1,6 @@
 """Where training's episodes come from: prompts in order, the engine, the rewards; each of several ranks does a part."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training.distributed import World
 from torchft.training.metrics import Row
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
@@ -49,6 +52,11 @@ class RolloutConfig:
     def episodes_per_step(self) -> int:
         return self.prompts_per_step * self.group_size
 
+    @property
+    def max_tokens(self) -> int:
+        """That the model may choose in an episode, of all its turns."""
+        return self.max_turns * self.sampling.max_new_tokens
+
     def problems(self, seq_len: int) -> list[str]:
         """For a recipe's ``conflicts``."""
         found = []
@@ -58,6 +66,10 @@ class RolloutConfig:
             found.append("rollout.rewards: without any there is nothing to learn")
         if self.max_turns > 1 and not self.environment:
             found.append("rollout.max_turns: nobody answers the model's turns; give an environment")
+        if self.resample and self.group_size < 2:
+            found.append(
+                "rollout.resample: single answers never differ, so that every round would be taken; leave it 0"
+            )
         if self.sampling.max_new_tokens >= seq_len:
             found.append("rollout.sampling.max_new_tokens: no room for a prompt in seq_len")
         return found
@@ -115,6 +127,7 @@ class Rollouts:
         else:
             self._engine = engine(model, tokenizer, num_slots=slots, max_len=seq_len, compile=config.compile)
         self._scorer = Scorer(config.rewards, timeout_s=config.reward_timeout_s)
+        self._told_long = False
 
     def num_steps(self, *, epochs: int, max_steps: int | None) -> int:
         """Of a run: those of ``epochs``, or ``max_steps`` if they are fewer."""
@@ -154,6 +167,17 @@ class Rollouts:
         scores = self._scorer.score([episode.attempt for episode in episodes])
         return rollout_row(episodes, scores, group_size=1, copies=self._world.tokens.tp, prefix="eval_")
 
+    def _tell_long(self, episodes: Sequence[Episode]) -> None:
+        """The first prompt that leaves no room for an answer, once; all are counted as ended/too_long."""
+        found = next((episode for episode in episodes if episode.finish == "too_long"), None)
+        if found and not self._told_long:
+            self._told_long = True
+            log.warning(
+                "%s: its %d tokens leave no room for an answer in seq_len %d; such prompts teach nothing, and are "
+                "counted: raise seq_len, or leave them out",
+                found.prompt.where, len(found.tokens), self._engine.max_len,
+            )  # fmt: skip
+
     def row(self) -> Row:
         """All ranks: how often a server was asked again so far, if it was."""
         if not isinstance(self._engine, RemoteEngine):
@@ -175,7 +199,7 @@ class Rollouts:
         environment = self._config.environment
 
         def answered() -> list[Episode]:
-            return rollout(
+            found = rollout(
                 self._engine,
                 self._tokenizer,
                 prompts,
@@ -186,6 +210,8 @@ class Rollouts:
                 environment=environment.build if environment else None,
                 max_turns=self._config.max_turns,
             )
+            self._tell_long(found)
+            return found
 
         if isinstance(self._engine, Engine):
             with gathered(self._engine.model):

@@ -16,7 +16,7 @@ class Environment(Protocol):
         """The conversation that the model's first turn follows."""
 
     def step(self, text: str) -> list[Message]:
-        """What is said after the model's turn ``text``; nothing ends the episode."""
+        """What is said after the model's turn ``text``, a stop text in it too; nothing ends the episode."""
 
 
 class Calculator:

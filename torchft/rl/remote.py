@@ -111,7 +111,9 @@ class RemoteEngine:
             self._ask("/reset_prefix_cache", {})
             return self._base
         name = f"torchft-{uuid.uuid4().hex[:12]}"
-        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder / "adapter")})
+        # Asked again after a time-out, a server that had loaded it refuses: the name is this update's alone.
+        asked = {"lora_name": name, "lora_path": str(folder / "adapter")}
+        self._ask("/v1/load_lora_adapter", asked, done=b"already been loaded")
         if self._model != self._base:
             self._ask("/v1/unload_lora_adapter", {"lora_name": self._model})
         return name
@@ -163,8 +165,10 @@ class RemoteEngine:
             raise UserError(f"rollout.server: {self._config.url}{path} answers no JSON: {answer[:200]!r}") from None
         return found
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """POST ``body``, or GET. Tries again while there is no answer, or one of the server's own failure."""
+    def _ask(self, path: str, body: dict[str, Any] | None = None, *, done: bytes | None = None) -> bytes:
+        """POST ``body``, or GET. Tries again while there is no answer, or one of the server's own failure.
+
+        ``done``: in a refusal, says that an earlier try was heard."""
         key = os.environ.get(KEY)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
@@ -176,7 +180,7 @@ class RemoteEngine:
             except (OSError, HTTPException) as e:  # refused, reset, timed out, cut off
                 problem, final = repr(getattr(e, "reason", e)), False
             else:
-                if status < 400:
+                if status < 400 or (done and done in text):
                     return text
                 problem, final = f"{status}: {text[:500].decode(errors='replace')}", status < 500 and status != 429
             if final or time.monotonic() + wait > end:

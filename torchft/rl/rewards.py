@@ -10,11 +10,14 @@ A reward that raises, or takes too long, is not known: the answer is left out of
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
 from torchft.generation.requests import Finish
-from torchft.rl.math_answer import final_answer, is_equal
+from torchft.rl.math_answer import final_answer, is_equal, wanted_answer
+
+Ending = Finish | Literal["environment_failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class Attempt:
     prompt: Prompt
     text: str
     num_tokens: int
-    finish: Finish
+    finish: Ending
 
 
 Reward = Callable[[Attempt], float]
@@ -62,11 +65,15 @@ def shared_start(*, column: str | None = None) -> Reward:
 
 
 def math_answer(*, column: str | None = None) -> Reward:
-    r"""1 if the attempt's last \boxed{...}, or else its last number, has the value of the data's answer."""
+    r"""1 if the attempt's last \boxed{...}, or else its last number, has the value of the data's answer.
+
+    A failure, not 0, where the data's answer has none.
+    """
 
     def reward(attempt: Attempt) -> float:
-        got, want = final_answer(attempt.text), final_answer(_wanted(attempt.prompt, column))
-        return float(got is not None and want is not None and is_equal(got, want))
+        want = wanted_answer(_wanted(attempt.prompt, column), attempt.prompt.where)
+        got = final_answer(attempt.text)
+        return float(got is not None and is_equal(got, want))
 
     return reward
 

@@ -1,6 +1,7 @@
 """Several rewards of many attempts, each with a limit of time; what fails is NaN and counted."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from torchft.config import Component, Kind
 from torchft.rl.rewards import Attempt, BatchReward, Reward
 
 log = logging.getLogger(__name__)
+
+VOID = ("too_long", "not_finite", "environment_failed")  # ends of attempts that nothing can be learned from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +63,50 @@ class Scorer:
             self._rewards[name] = (config.reward.build(), config.weight)
 
     def score(self, attempts: Sequence[Attempt]) -> Scores:
-        found = {name: torch.tensor(self._all(name, reward, attempts)) for name, (reward, _) in self._rewards.items()}
+        """Attempts that came to nothing (`VOID`) are not judged: NaN, and no failures of a reward."""
+        judged = torch.tensor([attempt.finish not in VOID for attempt in attempts], dtype=torch.bool)
+        wanted = [attempt for attempt in attempts if attempt.finish not in VOID]
+        found, num_failed = {}, {}
+        for name, (reward, _) in self._rewards.items():
+            values = torch.tensor(self._all(name, reward, wanted), dtype=torch.float32)
+            found[name] = torch.full((len(attempts),), torch.nan).masked_scatter(judged, values)
+            num_failed[name] = int(values.isnan().sum())
         total = torch.stack([weight * found[name] for name, (_, weight) in self._rewards.items()]).sum(0)
-        return Scores(
-            by_reward=found, total=total, num_failed={name: int(values.isnan().sum()) for name, values in found.items()}
-        )
+        return Scores(by_reward=found, total=total, num_failed=num_failed)
 
     def _all(self, name: str, reward: Reward, attempts: Sequence[Attempt]) -> list[float]:
-        if isinstance(reward, BatchReward):
+        if isinstance(reward, BatchReward) and attempts:
             try:
-                with time_limit(self._timeout_s * max(len(attempts), 1)):
-                    return reward.score(attempts)
-            except Exception as e:  # as below: then one by one, so that only those that fail are left out
+                with time_limit(self._timeout_s * len(attempts)):
+                    values = list(map(float, reward.score(attempts)))
+                if len(values) != len(attempts):
+                    raise ValueError(f"{len(values)} rewards for {len(attempts)} answers")
+                return [self._finite(name, value, attempt) for value, attempt in zip(values, attempts)]
+            except (Exception, _TimeUp) as e:  # as below: then one by one, so that only those that fail are left out
                 log.warning("reward %s raised %r for %d answers together; asking one by one", name, e, len(attempts))
         return [self._one(name, reward, attempt) for attempt in attempts]
 
     def _one(self, name: str, reward: Reward, attempt: Attempt) -> float:
         try:
             with time_limit(self._timeout_s):
-                return float(reward(attempt))
-        except Exception as e:  # the user's code may raise anything; it is counted, and told once
-            if name not in self._told:
-                self._told.add(name)
-                why = f"took over {self._timeout_s:g} s" if isinstance(e, _TimeUp) else f"raised {e!r}"
-                log.warning("reward %s %s, for %.200r; such answers are left out and counted", name, why, attempt.text)
-            return float("nan")
+                value = float(reward(attempt))
+        except (Exception, _TimeUp) as e:  # the user's code may raise anything; it is counted, and told once
+            why = f"took over {self._timeout_s:g} s" if isinstance(e, _TimeUp) else f"raised {e!r}"
+            return self._failed(name, why, attempt)
+        return self._finite(name, value, attempt)
+
+    def _finite(self, name: str, value: float, attempt: Attempt) -> float:
+        return value if math.isfinite(value) else self._failed(name, f"is {value}", attempt)
+
+    def _failed(self, name: str, why: str, attempt: Attempt) -> float:
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("reward %s %s, for %.200r; such answers are left out and counted", name, why, attempt.text)
+        return math.nan
 
 
-class _TimeUp(Exception):
-    pass
+class _TimeUp(BaseException):
+    """None that a reward's own ``except Exception`` takes for one of its errors."""
 
 
 @contextmanager

@@ -26,11 +26,14 @@ class _Piece:
     at: int  # place in the row
 
 
-def saved_by_sharing(episodes: Sequence[Episode], *, group_size: int, world: World) -> float:
-    """Of the tokens of all episodes of all ranks, groups one after the other, those of prompts that need not be
-    computed again. All ranks call it."""
-    total = sum(len(episode.tokens) for episode in episodes)
-    again = sum(_shared(episodes[i - i % group_size], episode) for i, episode in enumerate(episodes) if i % group_size)
+def saved_by_sharing(episodes: Sequence[Episode], counts: Sequence[bool], *, group_size: int, world: World) -> float:
+    """Of the tokens of all episodes of all ranks that count, groups one after the other, those of prompts that need
+    not be computed again. All ranks call it."""
+    total = again = 0
+    for i in range(0, len(episodes), group_size):
+        own = [episode for episode, counted in zip(episodes[i : i + group_size], counts[i:]) if counted]
+        total += sum(len(episode.tokens) for episode in own)
+        again += sum(_shared(own[0], episode) for episode in own[1:])
     again, total = world.sum(torch.tensor([again, total], device=world.device)).tolist()
     return again / max(total, 1)
 

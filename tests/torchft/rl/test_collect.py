@@ -27,7 +27,7 @@ def steps(world, **more):
     split = {"tp_mesh": world.tp_mesh, "tokens": world.tokens}
     model, tokenizer = load(BASE, dtype=torch.float32, device=world.device, **split)
     how = {"prompts_per_step": 4, "group_size": 3, "num_slots": 4, "resample": 1} | more
-    rewards = [RewardConfig(reward=Component("torchft.rl.rewards.shared_start", {}))]
+    rewards = [RewardConfig(reward=Component("torchft.rl.rewards.shared_start", {}), weight=-1.0)]
     config = RolloutConfig(rewards=rewards, sampling=Sampling(temperature=3.0, max_new_tokens=8), **how)
     sizes = {"seq_len": 64, "seed": 3, "world": world}
     rollouts = Rollouts(config, model, tokenizer, PROMPTS, **sizes, publish=lambda **_: BASE)
@@ -62,6 +62,7 @@ def test_ranks_have_the_episodes_of_one_process(size, parallel):
             assert ours[2] == pytest.approx(theirs[2][own])
             assert ours[3] == pytest.approx(theirs[3])
     assert len({tuple(tokens) for tokens in want[0][0]}) > 6
+    assert want_held["eval_reward"] < 0 and all(row["reward"] < 0 for *_, row in want)
 
 
 def test_environments_are_refused_where_ranks_would_each_ask_their_own():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from vllm_stub import served
+from vllm_stub import Refused, served
 
 from torchft import shipped
 from torchft.errors import UserError
@@ -69,6 +69,22 @@ def test_a_server_that_is_back_in_time_is_asked_again_and_counted(stub, local, c
     found = own.complete(questions(local[1], Sampling(max_new_tokens=3)))
     assert len(found) == 6 and own.num_retries == 4
     assert "503: overloaded; asking again for 5 s" in caplog.text and len(caplog.records) == 1
+
+
+def test_adapters_that_were_loaded_at_the_first_try(stub, local):
+    """The answer was lost; asked again, the server says that it has them."""
+    config = ServerConfig(url=stub.url, patience_s=5.0)
+    about = {"num_slots": 3, "max_len": 64, "stop_ids": local[1].stop_ids, "temperature": 1.5}
+    own = RemoteEngine(config, lambda **_: BASE, adapters=True, **about)
+    stub.on_v1_load_lora_adapter = lambda body: (
+        stub.models.setdefault(body["lora_name"], stub.models["demo"]) and refuse()
+    )
+
+    def refuse():
+        raise Refused(400, "The lora adapter 'x' has already been loaded.")
+
+    own.update()
+    assert len(own.complete(questions(local[1], Sampling(max_new_tokens=3)))) == 6
 
 
 def test_a_failure_whose_text_is_cut_off_is_asked_again(stub, local):

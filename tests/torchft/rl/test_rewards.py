@@ -1,5 +1,6 @@
 """Rewards, what fails of them, and how they add up."""
 
+import math
 import re
 import signal
 import time
@@ -10,7 +11,7 @@ from torchft import registry
 from torchft.config import Component
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
-from torchft.rl.rewards import Attempt, exact_match, length, math_answer, regex, shared_start
+from torchft.rl.rewards import Attempt, BatchReward, exact_match, length, math_answer, regex, shared_start
 from torchft.rl.scoring import RewardConfig, Scorer, choose, time_limit
 
 
@@ -85,6 +86,41 @@ def test_rewards_that_fail_are_left_out_and_counted(monkeypatch, caplog):
     assert sum("reward broken" in message for message in caplog.messages) == 1
     both = choose([scores, scores], [0, 9, 4])
     assert both.total[0] == 5 and both.total[1:].tolist() == [2, 2] and both.num_failed["broken"] == 6
+
+
+def many(*, found: list):
+    """``found`` for many answers together; alone, the second one's is infinite."""
+    alone = {"a": 1.0, "b": -math.inf, "c": 2.0}
+    return BatchReward(score=lambda asked: found if len(asked) > 1 else [alone[asked[0].text]])
+
+
+def patient():
+    def reward(attempt):
+        try:
+            time.sleep(2)
+        except Exception:
+            return 0.0
+
+    return reward
+
+
+@pytest.mark.parametrize("found", [[1.0], [1.0, None, 2.0], [1.0, -math.inf, 2.0], [[], [], []]])
+def test_what_is_no_number_for_each_answer_is_a_failure(monkeypatch, caplog, found):
+    monkeypatch.setattr(registry, "_added", {})
+    registry.add(many, kind="reward")
+    scorer = Scorer([RewardConfig(reward=Component(f"{many.__module__}.many", {"found": found}))], timeout_s=1)
+    scores = scorer.score([attempt(text) for text in "abc"])
+    assert scores.total.tolist()[::2] == [1, 2] and scores.num_failed == {"many": 1}
+    assert any("reward many is -inf, for 'b'" in message for message in caplog.messages)
+
+
+def test_a_reward_that_catches_everything_is_stopped_all_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(registry, "_added", {})
+    registry.add(patient, kind="reward")
+    scorer = Scorer([RewardConfig(reward=Component(f"{patient.__module__}.patient", {}))], timeout_s=0.1)
+    began = time.monotonic()
+    assert scorer.score([attempt("a")]).num_failed == {"patient": 1}
+    assert time.monotonic() - began < 1 and "took over 0.1 s" in caplog.text
 
 
 def test_time_limit_leaves_another_alarm_as_it_was():
