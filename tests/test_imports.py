@@ -1,4 +1,4 @@
-"""Who may import whom: DESIGN's table, which keeps families, methods and adapters apart."""
+"""Who may import whom, which keeps families, methods and adapters apart."""
 
 import ast
 from pathlib import Path

@@ -43,8 +43,12 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     Of a sharded model each rank reads and holds its own parts alone. A GPU does what there is to do with the values:
     cast, quantise, look for NaN and infinity. Raises UserError with every missing, unexpected or misshapen tensor
     before anything is copied, and with the names of tensors that are not finite.
+
+    Experts that are stacked in ``folder`` will be written so, too.
     """
-    files, params = open_weights(folder), base_parameters(model)
+    files, params, hub = open_weights(folder), base_parameters(model), hub_format(model)
+    if _layout(files, hub.names) is hub.names.stacked:
+        model.hub_format = replace(hub, names=hub.names.stacked)
     plan = places(model, files)
     staging = Staging(params[next(iter(plan))].device)
     finite: dict[str, Tensor] = {}

@@ -20,9 +20,9 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
         further = f"model.layers.{max(layers, default=-1) + 1}."
         if any(name.startswith(further + names.predictor) for name in have):
             have = {name for name in have if not name.startswith(further)}
-    problems = []
+    problems, tied = list[str](), list[str]()
     if "lm_head.weight" in have - set(want):
-        problems += _tied_head(files, "lm_head.weight", want)
+        problems += (tied := _tied_head(files, "lm_head.weight", want))
         have.remove("lm_head.weight")
     if missing := sorted(set(want) - have):
         problems.append(f"lacks {len(missing)} of {len(want)} tensors: {_some(missing)}")
@@ -37,7 +37,8 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
         shown = [f"{files.folder}: {p}" for p in problems[:10]]
         if len(problems) > 10:
             shown.append(f"... and {len(problems) - 10} more such tensors")
-        shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
+        if problems != tied:
+            shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
         raise UserError(*shown)
 
 

@@ -35,7 +35,7 @@ class HubNames:
     also: dict[str, str] = field(
         default_factory=dict
     )  # regex on the Hub's name -> what it is in some folders, read too
-    stacked: "HubNames | None" = None  # transformers 5's own layout of the same model: read too, not written
+    stacked: "HubNames | None" = None  # transformers 5's own layout of the same model, which files may have instead
 
     def rename(self, name: str) -> str:
         """Our module or parameter name -> the Hub's."""

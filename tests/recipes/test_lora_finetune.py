@@ -89,7 +89,7 @@ def trained(lora, tmp_path_factory):
 
 
 def test_what_a_run_leaves(trained):
-    """DESIGN's run folder; of the steps the last one, and the best by held-out loss."""
+    """All that a run folder has; of the steps the last one, and the best by held-out loss."""
     found = {path.name for path in trained.iterdir()} - {".lock", "tracked.txt"}
     steps = {row["eval_loss"]: row["step"] for row in rows(trained) if "eval_loss" in row}
     kept = {f"step_{step:06}" for step in (80, steps[min(steps)])}

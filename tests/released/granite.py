@@ -5,7 +5,7 @@ def _config(vocab, dim, hidden, context, base, scores, logits):
     return {
         "architectures": ["GraniteForCausalLM"],
         "attention_bias": False,
-        "attention_dropout": 0.1,
+        "attention_dropout": 0.0,
         "attention_multiplier": scores,
         "embedding_multiplier": 12.0,
         "hidden_act": "silu",

@@ -28,6 +28,7 @@ def auto(
     example: Values,
     *,
     new_system_prompt: str | None = None,
+    system_into_question: bool = False,
     train_on: Literal["assistant", "last", "all"] = "assistant",
 ) -> Encoder:
     """Whatever the first row's columns say: a conversation in any format, an instruction, raw text, token ids."""
@@ -38,7 +39,8 @@ def auto(
     found = detect(example)
     if not tokenizer.has_chat and found in ("alpaca", "prompt_completion"):
         return partial(prompt_and_answer, tokenizer=tokenizer, template=None, train_on=train_on)
-    return rendered(tokenizer, FORMATS[found], train_on=train_on, new_system_prompt=new_system_prompt)
+    how = {"new_system_prompt": new_system_prompt, "system_into_question": system_into_question}
+    return rendered(tokenizer, FORMATS[found], train_on=train_on, **how)
 
 
 @builder
@@ -48,6 +50,7 @@ def chat(
     *,
     format: Format = "auto",
     new_system_prompt: str | None = None,
+    system_into_question: bool = False,
     train_on: Literal["assistant", "last", "all"] = "assistant",
 ) -> Encoder:
     """Conversations in the checkpoint's own chat format.
@@ -55,11 +58,14 @@ def chat(
     Args:
         format: OpenAI messages, ShareGPT, alpaca columns, prompt and completion or answer; "auto": by the first row.
         new_system_prompt: replaces every system message.
+        system_into_question: the system message becomes the beginning of the first question, for chat formats that have
+            no place for it (Gemma 1 and 2), or put it into the last question alone (Mistral 7B v0.3, Nemo).
         train_on: each assistant turn, the last one, or every token. A message's own "train" (or OpenAI's "weight")
             comes first.
     """
     messages_of = FORMATS[detect(example) if format == "auto" else format]
-    return rendered(tokenizer, messages_of, train_on=train_on, new_system_prompt=new_system_prompt)
+    how = {"new_system_prompt": new_system_prompt, "system_into_question": system_into_question}
+    return rendered(tokenizer, messages_of, train_on=train_on, **how)
 
 
 @builder
@@ -69,6 +75,7 @@ def instruct(
     *,
     prompt_template: str | None = None,
     new_system_prompt: str | None = None,
+    system_into_question: bool = False,
     train_on: Literal["assistant", "all"] = "assistant",
 ) -> Encoder:
     """One question and one answer per row: columns instruction, input (optional), output; or prompt, completion.
@@ -82,7 +89,8 @@ def instruct(
     """
     if prompt_template is None and tokenizer.has_chat:
         messages_of = FORMATS[detect(example)]
-        return rendered(tokenizer, messages_of, train_on=train_on, new_system_prompt=new_system_prompt)
+        how = {"new_system_prompt": new_system_prompt, "system_into_question": system_into_question}
+        return rendered(tokenizer, messages_of, train_on=train_on, **how)
     if new_system_prompt is not None:
         raise UserError("dataset.new_system_prompt: plain text has no system message; write it into prompt_template")
     return partial(prompt_and_answer, tokenizer=tokenizer, template=prompt_template, train_on=train_on)

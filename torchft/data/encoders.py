@@ -5,7 +5,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torchft.data.messages import Message, RowError, Values, fill, is_null, text, with_system, without_empty
+from torchft.data.messages import (
+    Message,
+    RowError,
+    Values,
+    fill,
+    is_null,
+    system_in_question,
+    text,
+    with_system,
+    without_empty,
+)
 from torchft.data.samples import CONTROL_TEXT, Encoded, Notes
 from torchft.errors import UserError
 from torchft.tokenizers.chat import Rendered
@@ -23,12 +33,15 @@ def conversation(
     tokenizer: Tokenizer,
     messages_of: Callable[[Values], list[Message]],
     train_on: str,
-    new_system_prompt: str | None,
+    new_system_prompt: str | None = None,
+    system_into_question: bool = False,
 ) -> Encoded:
     """Messages in the checkpoint's chat format."""
     messages = without_empty(messages_of(row))
     if new_system_prompt is not None:
         messages = with_system(messages, new_system_prompt)
+    if system_into_question:
+        messages = system_in_question(messages)
     try:
         rendered = tokenizer.render(messages, tools=_tools(row), train_on=train_on)
     except UserError as e:

@@ -27,9 +27,11 @@ def named(**defaults: Any) -> Callable[[Callable[[Values], list[Message]]], Call
             example: Values,
             *,
             new_system_prompt: str | None = None,
+            system_into_question: bool = False,
             train_on: Literal["assistant", "last", "all"] = "assistant",
         ) -> Encoder:
-            return rendered(tokenizer, messages_of, new_system_prompt=new_system_prompt, train_on=train_on)
+            how = {"new_system_prompt": new_system_prompt, "system_into_question": system_into_question}
+            return rendered(tokenizer, messages_of, train_on=train_on, **how)
 
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(make, attribute, getattr(messages_of, attribute))

@@ -1,6 +1,7 @@
 """The families by name, and how a checkpoint folder or a config becomes a model."""
 
 import difflib
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -211,6 +212,11 @@ def _released(name: str) -> tuple[ModuleType, Any]:
     return module, module.CONFIGS[size]
 
 
+def _word(architecture: str) -> str:
+    """Its model's name: what stands before "ForCausalLM", "Model" and the like."""
+    return re.split("For|LMHead|Model", architecture)[0].lower()
+
+
 def architecture(json: dict[str, Any]) -> ModuleType:
     """The family that reads a config.json. UserError names the nearest architecture to one that none reads."""
     known, hint = sorted(ARCHITECTURES) + sorted(TEXT_MODELS), ""
@@ -218,10 +224,11 @@ def architecture(json: dict[str, Any]) -> ModuleType:
         case [str(name)] if name in ARCHITECTURES:
             return ARCHITECTURES[name]
         case [str(name)]:
-            words = {other.partition("For")[0].lower(): other for other in reversed(known)}  # all end in "For..."
-            word = name.partition("For")[0].lower()
+            words = {_word(other): other for other in reversed(known)}
+            word = _word(name)
             hint = f": it has {REFUSED[name]}" if name in REFUSED else ""
-            hint += f"; the nearest is {words[difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]]}"
+            near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)  # less is no family's other spelling
+            hint += f"; the nearest is {words[near[0]]}" if near else ""
     raise UserError(
         f"config.json: architectures is {json.get('architectures')}, which torchft does not train{hint}. "
         f"It trains {', '.join(known)}"

@@ -8,6 +8,7 @@ differently once more messages follow has no such spans, and is refused.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torchft.errors import UserError
@@ -65,10 +66,11 @@ class TemplateChat:
         else:
             spans = []
             closing = self.special.get("eos_token", "")  # Phi puts it behind the whole conversation
+            length = partial(_prefix, text, where=template.where, has_system=messages[0]["role"] == "system")
             for i in (i for i, wanted in enumerate(train) if wanted):
-                start = _prefix(render(i, True), text, i, template.where)
+                start = length(render(i, True), i)
                 is_last = i + 1 == len(messages)
-                end = len(text) if is_last else _prefix(render(i + 1, False), text, i, template.where, closing)
+                end = len(text) if is_last else length(render(i + 1, False), i, closing)
                 if start == end and (messages[i].get("content") or "tool_calls" in messages[i]):
                     raise UserError(f"message {i}: {template.where} renders nothing of it to learn")
                 spans.append((start, self._turn_end(text, start, end)))
@@ -184,16 +186,18 @@ def _text_result(message: Message) -> Message:
     return {**message, "content": json.dumps(message["content"], ensure_ascii=False)}
 
 
-def _prefix(head: str, text: str, i: int, where: str, closing: str = "") -> int:
+def _prefix(text: str, head: str, i: int, closing: str = "", *, where: str, has_system: bool) -> int:
     """The length of ``head``, or of that without ``closing``, which ``text`` must start with."""
     for start in (head, head.removesuffix(closing)):
         if text.startswith(start):
             return len(start)
+    hint = ". Of templates that show the system message in the last question alone, as Mistral's, a data set's "
+    hint += "system_into_question makes the first one begin with it"
     raise UserError(
         f"message {i}: {where} is not prefix-stable: it renders a conversation up to here differently once an answer "
         "or more messages follow (it may drop earlier reasoning), so which tokens the model must produce cannot be "
         "told. Use train_on: last, single turns, a chat_format that keeps the reasoning of every turn (qwen3, qwen3_5, "
-        "deepseek_v3), or a chat_format .jinja file with {% generation %} marks"
+        "deepseek_v3), or a chat_format .jinja file with {% generation %} marks" + hint * has_system
     )
 
 

@@ -82,6 +82,19 @@ def test_system_prompts(tmp_path):
         assert shown(sample) == "<bos><system>New<end><user>Hi<end><assistant>[Yo<end>]"
 
 
+def test_a_system_message_at_the_beginning_of_the_first_question(tmp_path):
+    row = turns("Hi", "Yo", "More", "No")
+    row["messages"].insert(0, {"role": "system", "content": "Old"})
+    sample = build(chat, tmp_path, [row], system_into_question=True)[0]
+    assert shown(sample).startswith("<bos><user>Old\n\nHi<end><assistant>[Yo<end>]<user>More")
+    plain = build(chat, tmp_path, [turns("Hi", "Yo")], system_into_question=True)[0]
+    assert shown(plain) == "<bos><user>Hi<end><assistant>[Yo<end>]"
+    new = build(chat, tmp_path, [turns("Hi", "Yo")], system_into_question=True, new_system_prompt="New")[0]
+    assert shown(new) == "<bos><user>New\n\nHi<end><assistant>[Yo<end>]"
+    row["messages"][1]["content"] = [{"type": "text", "text": "Hi"}]
+    assert "must be text" in refused(chat, tmp_path, [row], system_into_question=True)
+
+
 @pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
 def test_tools_reach_the_template(tmp_path, tools):
     sample = build(chat, tmp_path, [turns("Hi", "Yo") | {"tools": tools}])[0]

@@ -65,6 +65,7 @@ BAD = {
         {"architectures": ["LlamaForCausalML"]},
         r"does not train; the nearest is LlamaForCausalLM. It trains BertModel, Cohere2ForCausalLM, ",
     ),
+    "one_that_is_near_none": ({"architectures": ["GPT2LMHeadModel"]}, r"does not train\. It trains BertModel, "),
     "two_architectures": ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
     "architectures_not_a_list": ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM"),
     "architectures_of_objects": ({"architectures": [{}]}, "architectures is"),

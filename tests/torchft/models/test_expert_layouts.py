@@ -10,7 +10,7 @@ from torchft import hub, models
 from torchft.errors import UserError
 from torchft.weights import WeightFiles
 
-NAMES = ("deepseek_v3", "mixtral", "olmoe", "qwen3_moe")
+NAMES = ("deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next")
 PER_EXPERT = {name: case for name, case in experts.CASES.items() if name in NAMES}
 each_family = pytest.mark.parametrize("case", PER_EXPERT.values(), ids=PER_EXPERT)
 
@@ -28,6 +28,20 @@ def test_both_layouts_load_alike(case, tmp_path):
     names = [set(load_file(tmp_path / kind / "model.safetensors")) for kind in ("per_expert", "stacked")]
     assert len(names[0]) > len(names[1])
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@each_family
+def test_each_layout_is_written_as_it_was_read(case, tmp_path):
+    """Bit for bit, and transformers reads what was written."""
+    theirs = transformers_model(**case)
+    theirs.save_pretrained(tmp_path / "per_expert")
+    stacked_folder(case, tmp_path / "stacked")
+    for kind in ("per_expert", "stacked"):
+        hub.save(models.load(tmp_path / kind, dtype=torch.float32), tmp_path / f"{kind}_again")
+        want, got = (load_file(tmp_path / name / "model.safetensors") for name in (kind, f"{kind}_again"))
+        assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+        _, info = type(theirs).from_pretrained(tmp_path / f"{kind}_again", output_loading_info=True)
+        assert not any(info.values())
 
 
 @each_family

@@ -6,6 +6,7 @@ import pytest
 from conversations import PLAIN, TOOL_USE, TOOLS, assistant, call, system, user
 from vocabularies import TEMPLATES, hub, template, write
 
+from torchft.data.messages import system_in_question
 from torchft.errors import UserError
 from torchft.tokenizers import load
 from torchft.tokenizers.jinja import END, GUARD, START
@@ -54,6 +55,25 @@ def test_ids_of_released_templates(name, make):
             assert got.tokens == wanted
             num_compared += 1
     assert num_compared >= len(PLAIN) - 2
+
+
+# What Mistral 7B v0.3's and Nemo's do: the system message stands in a question that is the last message.
+LATE = """{{ bos_token }}{% set asked = messages[1:] if messages[0].role == 'system' else messages %}
+{%- for m in asked %}{% if m.role == 'user' %}[INST]{{ messages[0].content + '\\n\\n' if loop.last and
+messages[0].role == 'system' }}{{ m.content }}[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+
+
+def test_a_system_message_in_the_last_question_alone(make):
+    tokenizer = load(make(LATE))
+    question = [system("Be brief."), user("2+2?")]
+    with pytest.raises(UserError, match=r"message 2: .* is not prefix-stable.*system_into_question makes the first"):
+        tokenizer.render([*question, assistant("4")])
+    folded = system_in_question([*question, assistant("4")])
+    found = tokenizer.render(folded)
+    asked = tokenizer.render(question, add_generation_prompt=True).tokens
+    assert found.tokens[: len(asked)] == asked and found.train == [False] * len(asked) + [True] * (
+        len(found.tokens) - len(asked)
+    )
 
 
 THOUGHT = [system("Be brief."), user("2+2?"), {**assistant("It is 4."), "reasoning_content": "Two and two are four."}]

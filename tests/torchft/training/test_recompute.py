@@ -24,7 +24,7 @@ from torchft.training.offload import Offload
 from torchft.training.recompute import CHEAP, apply_plan, choose, plans
 
 CPU = torch.device("cpu")
-NOISE = 1e-5  # relative; fp32 sums in another order, as DESIGN allows
+NOISE = 1e-5  # relative; fp32 sums in another order
 
 
 @pytest.fixture(autouse=True)
