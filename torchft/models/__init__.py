@@ -227,7 +227,7 @@ def architecture(json: dict[str, Any]) -> ModuleType:
             words = {_word(other): other for other in reversed(known)}
             word = _word(name)
             hint = f": it has {REFUSED[name]}" if name in REFUSED else ""
-            near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)  # less is no family's other spelling
+            near = difflib.get_close_matches(word, words, n=1, cutoff=0.65)  # less is no family's other spelling
             hint += f"; the nearest is {words[near[0]]}" if near else ""
     raise UserError(
         f"config.json: architectures is {json.get('architectures')}, which torchft does not train{hint}. "
