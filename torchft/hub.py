@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     """
     files, params, hub = open_weights(folder), base_parameters(model), hub_format(model)
     if _layout(files, hub.names) is hub.names.stacked:
-        model.hub_format = replace(hub, names=hub.names.stacked)
+        model.hub_format = replace(hub, names=hub.names.stacked)  # type: ignore[assignment]  # no parameter or module
     plan = places(model, files)
     staging = Staging(params[next(iter(plan))].device)
     finite: dict[str, Tensor] = {}

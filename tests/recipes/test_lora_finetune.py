@@ -393,7 +393,7 @@ def test_k26_a_folder_in_use(lora, tmp_path):
 def test_c15_a_folder_of_another_run(lora, full, tmp_path, no_picture):
     lora(tmp_path / "run", "max_steps=1")
     before = digests(tmp_path / "run")
-    with pytest.raises(UserError, match=r"recipe: lora_finetune -> full_finetune\n(.*\n)*.*choose|another output_dir"):
+    with pytest.raises(UserError, match=r"a run of lora_finetune, not of full_finetune; choose another output_dir"):
         full(tmp_path / "run")
     with pytest.raises(UserError, match=r"holds a run \(export, step_000001\) and resume is 'never'"):
         lora(tmp_path / "run", "resume=never")

@@ -113,7 +113,9 @@ def opened(
             "device": device,
         }
         record["starts"].append(start)
-        atomic_write(path / "config.yaml", config_text)
+        config_file, saved = path / "config.yaml", _steps(path)
+        text_of_saved = config_file.read_text() if changed else config_text
+        atomic_write(config_file, config_text)
         _write(path, record)
         try:
             yield Run(path=path, id=record["id"], is_new=is_new, config_changed=changed)
@@ -129,6 +131,8 @@ def opened(
             start["ended"] = _now()
             with contextlib.suppress(OSError):  # a full disk must not hide the error that brought us here
                 _write(path, record)
+                if start["status"] in ("failed", "interrupted") and _steps(path) == saved:
+                    atomic_write(config_file, text_of_saved)  # whose command goes on: nothing is of this one's
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -168,8 +172,9 @@ def _continued(path: Path, config_text: str, recipe: str, resume: Resume) -> tup
     if resume == "never":
         raise UserError(f"output_dir {path} holds a run ({', '.join(results[:5])}) and resume is 'never'; {way_out}")
     record = read_json(path / "run.json")
-    old = {"recipe": record["recipe"], **_parsed((path / "config.yaml").read_text())}
-    differences = changes(old, {"recipe": recipe, **_parsed(config_text)})
+    if record["recipe"] != recipe:
+        raise UserError(f"output_dir {path} holds a run of {record['recipe']}, not of {recipe}; {way_out}")
+    differences = changes(_parsed((path / "config.yaml").read_text()), _parsed(config_text))
     if differences and resume == "auto":
         raise UserError(
             *differences,
@@ -179,6 +184,10 @@ def _continued(path: Path, config_text: str, recipe: str, resume: Resume) -> tup
     for difference in differences:
         log.warning("continuing with a changed config: %s", difference)
     return record, bool(differences)
+
+
+def _steps(path: Path) -> set[str]:
+    return {step.name for step in path.glob("step_*")}
 
 
 def _folder(output_dir: Path, checkpoint_dir: Path | None) -> Path:

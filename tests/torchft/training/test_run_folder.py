@@ -96,11 +96,34 @@ def test_k19_changed_config_is_refused_unless_accepted(tmp_path, old, new, line)
         assert second.id == first.id and second.config_changed
 
 
-def test_k19_other_recipe_is_a_change(tmp_path):
+def test_k19_changes_that_came_to_nothing_leave_the_old_config(tmp_path):
+    """The command that the checkpoints are of goes on, until there is one of the other."""
     with start(tmp_path) as first:
         put(first)
-    with pytest.raises(UserError, match="recipe: lora_finetune -> dpo"), start(tmp_path, recipe="dpo"):
+    changed = CONFIG.replace("lr: 0.0001", "lr: 0.001")
+    for error in (UserError("lora_a has another shape"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), start(tmp_path, changed, resume="accept_changes"):
+            assert (tmp_path / "config.yaml").read_text() == changed
+            raise error
+        assert (tmp_path / "config.yaml").read_text() == CONFIG
+    with start(tmp_path) as same:
+        assert same.id == first.id and not same.config_changed
+    with pytest.raises(KeyboardInterrupt), start(tmp_path, changed, resume="accept_changes") as other:
+        put(other, step=2)
+        raise KeyboardInterrupt
+    assert (tmp_path / "config.yaml").read_text() == changed
+
+
+@pytest.mark.parametrize("resume", ["auto", "accept_changes"])
+def test_k19_another_recipes_run_is_not_continued(tmp_path, resume):
+    with start(tmp_path) as first:
+        put(first)
+    with (
+        pytest.raises(UserError, match="a run of lora_finetune, not of dpo; choose"),
+        start(tmp_path, recipe="dpo", resume=resume),
+    ):
         pass
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
 
 
 def test_k19_free_keys_may_change(tmp_path):
