@@ -32,7 +32,7 @@ from torchft.data.batch import Batch
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.prefetch import Prefetch, one_epoch
-from torchft.data.preview import masked_tokens
+from torchft.data.preview import judged_tokens
 from torchft.data.samples import Samples
 from torchft.data.summary import Summary, summarise
 from torchft.data.texts import check_lengths
@@ -299,7 +299,7 @@ def train(config: Config, run: Run, world: World) -> None:
     facts = {"pooling": embedder.pooling, "data": str(summary)}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
-    first_panel(console, "Embeddings", facts, masked_tokens(loader.samples[0], tokenizer))
+    first_panel(console, "Embeddings", facts, judged_tokens(loader.samples[0], tokenizer), what="end a text")
     from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)

@@ -10,11 +10,11 @@ To change it: `tune cp evaluate my_recipe.py`, then `tune run my_recipe.py --con
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -22,26 +22,36 @@ from torchft.adapters.fp8 import FP8Config
 from torchft.adapters.nf4 import NF4Config
 from torchft.cli.run import start
 from torchft.config import Component, Folder, Kind, Range
-from torchft.data.conversations import conversations
+from torchft.data.builder import Dataset as DataOfConfig
+from torchft.data.collect import make
 from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.prefetch import one_epoch
 from torchft.data.prompts import prompts
+from torchft.data.summary import summarise
 from torchft.errors import UserError
 from torchft.files import atomic_write
 from torchft.generation.compiled import Compile
-from torchft.generation.exact_match import ExactMatchConfig, answer_among_ranks, share_right
+from torchft.generation.exact_match import ExamConfig, answer_among_ranks, share_right
 from torchft.generation.loaded import load
-from torchft.generation.multiple_choice import MultipleChoiceConfig, continuation_logps, pick, right_choice
+from torchft.generation.multiple_choice import (
+    MultipleChoiceConfig,
+    continuation_logps,
+    pick,
+    questions_of,
+    raise_some,
+)
 from torchft.losses.likelihood import nll_sum
 from torchft.modules.decoder import Decoder
-from torchft.ranks import gather, is_main
+from torchft.ranks import from_main, gather, is_main
 from torchft.tokenizers.tokenizer import Tokenizer
 from torchft.training import distributed
 from torchft.training.console import Console, last_panel
 from torchft.training.distributed import ParallelConfig, World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CUT_ANYWHERE = ("torchft.data.datasets.auto", "torchft.data.datasets.tokenized")  # unless too_long says otherwise
+Found = tuple[dict[str, float], list[str]]  # numbers by name, and what they are of
 Dataset = Annotated[Component, Kind("dataset", supplied=("tokenizer", "seq_len"), default="torchft.data.datasets.auto")]
 
 
@@ -54,7 +64,7 @@ class Config:
 
     # What is measured
     perplexity: Dataset | None = None  # of the tokens that training would learn from
-    exact_match: ExactMatchConfig | None = None  # held-out conversations whose last answer is decoded and compared
+    exact_match: ExamConfig | None = None  # held-out conversations whose last answer is decoded and compared
     multiple_choice: MultipleChoiceConfig | None = None  # which of the written answers is the likeliest
     tasks: list[str] = field(default_factory=list)  # of EleutherAI's harness (extra `eval`), by its own names
     num_fewshot: Annotated[int, Range(min=0)] | None = None  # examples before each question of a task
@@ -78,6 +88,10 @@ class Config:
             yield "nothing is measured: give perplexity, exact_match, multiple_choice or tasks"
         if self.parallel.cp * self.parallel.ep > 1:
             yield "parallel: cp and ep are for training; tp splits a model that is too large for a device"
+        if self.output and (problem := Folder(writable=True).problem(self.output.parent)):
+            yield f"output: {self.output.parent} {problem}"
+        if self.output and self.output.is_dir():
+            yield f"output: {self.output} is a folder; name a .json file"
 
 
 @torch.no_grad()
@@ -93,29 +107,123 @@ def evaluate(model: Decoder, loader: Loader, world: World) -> float:
     return world.sum(total).item() / supervised
 
 
-def choices(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer, world: World) -> float:
+def perplexity(config: Config, data: Component, model: Decoder, tokenizer: Tokenizer, world: World) -> Found:
+    """Of all tokens that training would learn from: rows that are too long for ``seq_len`` are cut into windows."""
+    offered = {"too_long": "split"} if data.name in CUT_ANYWHERE else {}
+    dataset = data.with_defaults(offered).build(tokenizer=tokenizer, seq_len=config.seq_len)
+    samples = mix([dataset])
+    summary = summarise(samples)
+    summary.check(vocab_size=model.config.vocab_size, batch_size=1)
+    loader = Loader(
+        samples,
+        batch_size=config.batch_size,
+        seed=0,
+        shuffle=False,
+        rank=world.data_rank,
+        num_ranks=world.data_size,
+        shards=world.tokens,
+    )
+    nll = evaluate(model, loader, world)
+    dropped = sum(summary.dropped.values())
+    lost = tokens_lost(dataset) if summary.truncated or dropped else 0
+    far, told = beyond([(n, samples.where(i)) for i, n in enumerate(samples.lengths())], model)
+    said = [f"{summary.rows - dropped:,} of {summary.rows:,} rows, {summary.supervised:,} tokens counted"]
+    said += [*summary.warnings(), *([f"{lost:,} tokens of too long rows left out"] if lost else []), *told]
+    return {
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "tokens": summary.tokens,
+        "perplexity_rows": summary.rows - dropped,
+        "perplexity_dropped_rows": dropped,
+        "perplexity_truncated_rows": summary.truncated,
+        "perplexity_split_rows": summary.split,
+        "perplexity_lost_tokens": lost,
+        "perplexity_beyond_context": far,
+    }, said
+
+
+def tokens_lost(dataset: DataOfConfig) -> int:
+    """Tokens of rows longer than ``seq_len`` that are in none of the samples."""
+    encode, limits = dataset.encoder(dataset.example()), dataset.limits
+    if limits.too_long == "split":  # all that is trained is in one of its pieces
+        return 0
+    rows = (make(row.values, encode, limits) for row in dataset.rows())
+    return sum(row.length - sum(len(s.tokens) for s in row.samples) for row in rows if row.length > limits.seq_len)
+
+
+def exact_match(config: ExamConfig, model: Decoder, tokenizer: Tokenizer, world: World) -> Found:
+    asked = prompts(config.source, max_rows=config.max_rows)
+    rule = "the last two messages must be a question and its answer, text"
+    is_text = [p.answer.strip() and isinstance(p.messages[-1].get("content"), str) for p in asked]
+    raise_some([f"{p.where}: {rule}" for p, fits in zip(asked, is_text) if not fits])
+    whole = [[*p.messages, {"role": "assistant", "content": p.answer}] for p in asked]
+    said = answer_among_ranks(model, tokenizer, whole, config, tp=world.tokens.tp)
+    cut = sum(answer.is_cut for answer in said)
+    far, told = beyond([(answer.num_tokens, p.where) for answer, p in zip(said, asked)], model)
+    notes = [f"{cut:,} answers cut at max_new_tokens {config.max_new_tokens}"] if cut else []
+    counts = {"exact_match_rows": len(said), "exact_match_cut_answers": cut, "exact_match_beyond_context": far}
+    return {"exact_match": share_right(said), **counts}, [rows_used(len(said), config.max_rows), *notes, *told]
+
+
+def multiple_choice(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer, world: World) -> Found:
     """The share of questions whose right answer is the likeliest, 0 to 1; each rank asks a part of them."""
-    pairs, questions = [], []
-    for prompt in prompts(config.source, max_rows=config.max_rows)[world.data_rank :: world.data_size]:
-        texts = prompt.values.get("choices")
-        if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            raise UserError(f"{prompt.where}: 'choices' must list at least two answers, text")
-        context = tokenizer.render(prompt.messages, add_generation_prompt=True).tokens
-        answers = [tokenizer.encode(text, control=False) for text in texts]
-        pairs += [(context, answer) for answer in answers]
-        questions.append((texts, [len(a) for a in answers], right_choice(prompt.values["answer"], texts, prompt.where)))
+    questions = questions_of(prompts(config.source, max_rows=config.max_rows), tokenizer)
+    own = questions[world.data_rank :: world.data_size]
+    pairs = [(question.context, answer) for question in own for answer in question.answers]
     logps = iter([logp for logp, _ in continuation_logps(model, pairs, batch_size=config.batch_size)])
     right = 0
-    for texts, lengths, answer in questions:
-        right += pick([next(logps) for _ in texts], texts, lengths, config.normalise) == answer
-    of_ranks = gather((right, len(questions)))
-    return sum(right for right, _ in of_ranks) / sum(number for _, number in of_ranks)
+    for question in own:
+        found, lengths = [next(logps) for _ in question.choices], [len(answer) for answer in question.answers]
+        right += pick(found, question.choices, lengths, config.normalise) == question.right
+    all_right = sum(gather(right)[:: world.tokens.tp])
+    far, told = beyond([(question.num_tokens, question.where) for question in questions], model)
+    counts = {"multiple_choice_rows": len(questions), "multiple_choice_beyond_context": far}
+    share = all_right / len(questions)
+    return {"multiple_choice": share, **counts}, [rows_used(len(questions), config.max_rows), *told]
+
+
+def known_tasks(config: Config, world: World) -> Any:
+    """The harness's tasks, as it keeps them. UserError if it is not installed, or knows one of ``tasks`` not."""
+    if world.size > 1:
+        raise UserError("tasks: the harness runs in one process; start them without torchrun", is_shared=True)
+    try:
+        from torchft.generation.lm_eval_model import find_tasks
+    except ImportError as e:
+        raise UserError(f"tasks: they need {e.name}: pip install 'torchft-recipes[eval]'") from None
+    return find_tasks(config.tasks)
+
+
+def harness(config: Config, tasks: Any, model: Decoder, tokenizer: Tokenizer) -> Found:
+    from torchft.generation.lm_eval_model import EngineLM, run_tasks
+
+    how = {"max_len": config.seq_len, "batch_size": config.batch_size, "num_slots": config.num_slots}
+    lm = EngineLM(model, tokenizer, **how, compile=config.compile)
+    found = run_tasks(lm, config.tasks, tasks, num_fewshot=config.num_fewshot, limit=config.limit)
+    notes = [f"{lm.num_cut:,} contexts lost their beginning at seq_len {config.seq_len}"] if lm.num_cut else []
+    limited = f"the first {config.limit:,} questions of each (limit)" if config.limit else "all questions"
+    return {**found, "tasks_cut_contexts": lm.num_cut}, [limited, *notes]
+
+
+def rows_used(count: int, max_rows: int | None) -> str:
+    return f"the first {count:,} rows (max_rows)" if count == max_rows else f"all {count:,} rows"
+
+
+def beyond(lengths: Sequence[tuple[int, str]], model: Decoder) -> tuple[int, list[str]]:
+    """How many of (tokens, file:line) are longer than what ``model`` was trained for, and what to say of them."""
+    context = model.config.max_seq_len
+    far = [(length, where) for length, where in lengths if length > context]
+    if not far:
+        return 0, []
+    length, where = far[0]
+    first = f"the first: {where}, {length:,} tokens"
+    return len(far), [f"{len(far):,} longer than the model's context of {context:,} tokens, measured anyway ({first})"]
 
 
 def main(config: Config) -> None:
     with distributed.init(config.parallel, device=config.device) as world:
-        if world.size > 1 and config.tasks:
-            raise UserError("tasks: the harness runs in one process; start them without torchrun", is_shared=True)
+        tasks = known_tasks(config, world) if config.tasks else None  # before the work
+        if config.output:
+            from_main(partial(config.output.parent.mkdir, parents=True, exist_ok=True))
         model, tokenizer = load(
             config.checkpoint_dir,
             adapter=config.adapter,
@@ -127,32 +235,20 @@ def main(config: Config) -> None:
             tp_mesh=world.tp_mesh,
             tokens=world.tokens,
         )
-        found: dict[str, float] = {}
+        parts: dict[str, Found] = {}
         if config.perplexity:
-            samples = mix([config.perplexity.build(tokenizer=tokenizer, seq_len=config.seq_len)])
-            how = {"batch_size": config.batch_size, "rank": world.data_rank, "num_ranks": world.data_size}
-            how |= {"shards": world.tokens}
-            nll = evaluate(model, Loader(samples, seed=0, shuffle=False, **how), world)
-            found |= {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sum(samples.lengths()))}
+            parts["perplexity"] = perplexity(config, config.perplexity, model, tokenizer, world)
         model.eval()
         if config.exact_match:
-            questions = conversations(config.exact_match.source, max_rows=config.exact_match.max_rows)
-            said = answer_among_ranks(model, tokenizer, questions, config.exact_match, tp=world.tokens.tp)
-            found["exact_match"] = share_right(said)
+            parts["exact match"] = exact_match(config.exact_match, model, tokenizer, world)
         if config.multiple_choice:
-            found["multiple_choice"] = choices(config.multiple_choice, model, tokenizer, world)
-        if config.tasks:
-            try:
-                from torchft.generation.lm_eval_model import EngineLM, run_tasks
-            except ImportError as e:
-                raise UserError(f"tasks: they need {e.name}: pip install 'torchft-recipes[eval]'") from None
-            how = {"max_len": config.seq_len, "batch_size": config.batch_size, "num_slots": config.num_slots}
-            how |= {"compile": config.compile}
-            lm = EngineLM(model, tokenizer, **how)
-            found |= run_tasks(lm, config.tasks, num_fewshot=config.num_fewshot, limit=config.limit)
-        last_panel(
-            Console(quiet=not is_main()), "Evaluation", {name: f"{value:.4f}" for name, value in found.items()}, {}
-        )
+            parts["multiple choice"] = multiple_choice(config.multiple_choice, model, tokenizer, world)
+        if tasks is not None:
+            parts["tasks"] = harness(config, tasks, model, tokenizer)
+        found = {name: value for values, _ in parts.values() for name, value in values.items()}
+        said = {f"{part}: measured": "; ".join(notes) for part, (_, notes) in parts.items()}
+        shown = {name: f"{value:.4f}" for name, value in found.items() if isinstance(value, float)}
+        last_panel(Console(quiet=not is_main()), "Evaluation", shown | said, {})
         if config.output and is_main():
             atomic_write(config.output, json.dumps({"checkpoint_dir": str(config.checkpoint_dir), **found}, indent=1))
 

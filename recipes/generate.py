@@ -7,9 +7,11 @@
 For a few prompts or a chat there is `tune generate`. To change it: `tune cp generate my_recipe.py`.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,19 +21,23 @@ import torch
 from torchft.adapters.fp8 import FP8Config
 from torchft.adapters.nf4 import NF4Config
 from torchft.cli.run import start
-from torchft.config import Component, Folder, Kind, Range
+from torchft.config import Component, Folder, Kind, Range, plain
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
+from torchft.files import atomic_write, read_json
 from torchft.generation.batch import Reply, answers
 from torchft.generation.compiled import Compile
 from torchft.generation.loaded import engine, load
 from torchft.generation.sampling import Sampling
 from torchft.ranks import from_main, gather, is_main
 from torchft.training import distributed
-from torchft.training.console import Console, Steps
+from torchft.training.console import Console, Steps, last_panel
 from torchft.training.distributed import ParallelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FREE = ("output", "device", "parallel", "compile", "num_slots", "save_every")  # what no answer depends on
+HASHED = ("prompts", "checkpoint_dir", "adapter", "chat_format")  # of what they depend on, by content or by files
+MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "*.model", "chat_template*", "*.jinja")  # of a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,10 @@ class Config:
             yield "nf4, fp8: the weights have one format; leave one of the sections out"
         if self.output.suffix != ".jsonl":
             yield "output: the name must end in .jsonl"
+        if self.output.is_dir():
+            yield f"output: {self.output} is a folder; name a .jsonl file"
+        if problem := Folder(writable=True).problem(self.output.parent):
+            yield f"output: {self.output.parent} {problem}"
         if self.parallel.cp * self.parallel.ep > 1:
             yield "parallel: cp and ep are for training; tp splits a model that is too large for a device"
 
@@ -77,22 +87,28 @@ def main(config: Config) -> None:
             tp_mesh=world.tp_mesh,
             tokens=world.tokens,
         )
-        prompts = config.prompts.build()
+        prompts: list[Prompt] = config.prompts.build()
         sizes = {"num_slots": config.num_slots, "max_len": config.seq_len}
         slots = engine(model, tokenizer, **sizes, compile=config.compile)
         partial = config.output.with_suffix(".jsonl.partial")
-        done = from_main(lambda: finished(partial, config.num_samples))  # prompts
+        done = from_main(lambda: finished(partial, config, made_of(config, prompts)))  # prompts
         with Steps(Console(quiet=not is_main()), len(prompts), start=done) as progress:
             while done < len(prompts):
                 chunk = prompts[done : done + config.save_every]
                 own = chunk[world.data_rank :: world.data_size]
                 tokens = [tokenizer.render(prompt.messages, add_generation_prompt=True).tokens for prompt in own]
                 numbers = range(done + world.data_rank, done + len(chunk), world.data_size)  # all that draws depend on
-                how = {"sampling": config.sampling, "num_samples": config.num_samples, "seed": config.seed}
-                found = answers(slots, tokenizer, tokens, numbers=numbers, **how)
+                found = answers(
+                    slots,
+                    tokenizer,
+                    tokens,
+                    sampling=config.sampling,
+                    num_samples=config.num_samples,
+                    seed=config.seed,
+                    numbers=numbers,
+                )
                 theirs = gather([[row(config, p, reply) for reply in replies] for p, replies in zip(own, found)])
                 if is_main():
-                    partial.parent.mkdir(parents=True, exist_ok=True)
                     with open(partial, "a", encoding="utf-8") as f:
                         for i in range(len(chunk)):
                             who, place = i % world.data_size * world.tokens.tp, i // world.data_size
@@ -101,7 +117,9 @@ def main(config: Config) -> None:
                 progress.update(done, dict(slots.num_finished))
         if is_main():
             os.replace(partial, config.output)
-            Console().print(f"{len(prompts)} prompts, {config.num_samples} answers each: {config.output}")
+            mark_of(partial).unlink(missing_ok=True)
+            said = {"prompts": f"{len(prompts):,}, {config.num_samples} answers each", "answers": str(config.output)}
+            last_panel(Console(), "Answers", said | endings(config.output, config), {})
 
 
 def row(config: Config, prompt: Prompt, reply: Reply) -> str:
@@ -112,17 +130,76 @@ def row(config: Config, prompt: Prompt, reply: Reply) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 
-def finished(partial: Path, num_samples: int) -> int:
-    """How many prompts an earlier run has answered; a torn end is cut off. UserError if its answers do not fit."""
-    if not partial.exists():
+def made_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the answers depend on, as JSON: settings, and hashes of the prompts and of the files of the model."""
+    settings = {name: value for name, value in plain(config).items() if name not in FREE}
+    asked = json.dumps([[p.messages, p.answer] for p in prompts], sort_keys=True, default=str)
+    settings["prompts"] = hashlib.sha256(asked.encode()).hexdigest()
+    folders = {"checkpoint_dir": config.checkpoint_dir, "adapter": config.adapter}
+    settings |= {name: folder and files_of(folder) for name, folder in folders.items()}
+    if config.chat_format and Path(config.chat_format).is_file():
+        settings["chat_format"] = Path(config.chat_format).read_text(encoding="utf-8")
+    return json.loads(json.dumps(settings))
+
+
+def files_of(folder: Path) -> str:
+    """A hash of what lies in ``folder`` by names, sizes and times: reading a large model would take minutes."""
+    found = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    listed = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def mark_of(partial: Path) -> Path:
+    """The file beside unfinished answers that says what they were made of."""
+    return partial.with_name(f"{partial.name}.made_of")
+
+
+def finished(partial: Path, config: Config, made_of: dict[str, Any]) -> int:
+    """How many prompts an earlier run has answered; a torn end is cut off. UserError if its answers are of other
+    prompts, models or settings."""
+    mark = mark_of(partial)
+    if not partial.exists() or not partial.stat().st_size:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(mark, json.dumps(made_of))
         return 0
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    prompts = len(whole) // num_samples
-    partial.write_text("".join(whole[: prompts * num_samples]), encoding="utf-8")
-    if lines and not prompts:
-        raise UserError(f"{partial} holds no whole answers; remove it to start anew")
+    ways = f"give another output, or remove {partial} to start anew"
+    if not mark.exists():
+        raise UserError(
+            f"output: {partial} holds answers of an earlier run, but {mark.name} does not say of what; {ways}"
+        )
+    before = read_json(mark)
+    changed = [
+        name if name in HASHED else f"{name} ({before.get(name)} then, {value} now)"
+        for name, value in made_of.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        what = f"{partial} holds answers of an earlier run with other {', '.join(changed)}"
+        raise UserError(f"output: {what}; restore that to go on after them, {ways}")
+    lines = partial.read_bytes().split(b"\n")[:-1]  # by bytes: a text may hold other line ends, or be torn in a letter
+    prompts = len(lines) // config.num_samples
+    os.truncate(partial, sum(len(line) + 1 for line in lines[: prompts * config.num_samples]))
     return prompts
+
+
+def endings(output: Path, config: Config) -> dict[str, str]:
+    """How many answers ended in which way, and what that means where it is not the usual one."""
+    meaning = {
+        "length": f"cut at sampling.max_new_tokens {config.sampling.max_new_tokens} or seq_len {config.seq_len}",
+        "too_long": f"empty, as their prompts do not fit seq_len {config.seq_len}",
+        "not_finite": "broken off, as the model computed values that are not finite",
+    }
+    found: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    with open(output, "rb") as f:
+        for number, line in enumerate(f, 1):
+            finish = json.loads(line)["finish"]
+            found[finish] += 1
+            first.setdefault(finish, number)
+    return {
+        finish: f"{count:,}" + (f" {meaning[finish]}; the first: line {first[finish]}" if finish in meaning else "")
+        for finish, count in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -371,7 +371,8 @@ def train(config: Config, run: Run, world: World) -> None:
     where |= {"adapter": str(adapter_dir)} if adapter_dir else {}
     if exam:
         after = after or examine(model, tokenizer, questions, exam)  # resumed after the last step
-        was = f"{share_right(before):.1%} before training, " if before else ""
+        first = next((r["exact_match"] for r in read_rows(metrics.path) if r["step"] == 0), None)  # of an earlier start
+        was = "" if first is None else f"{first:.1%} before training, "
         where["exact match"] = f"{was}{share_right(after):.1%} after, on {len(after)} held-out questions"
         answers_table(console, side_by_side(before, after), "Held-out questions")
     question = questions[0][-2]["content"] if questions else "Hello!"

@@ -36,7 +36,7 @@ from torchft.data.loader import Loader
 from torchft.data.mixture import mix
 from torchft.data.preferences import check_judged
 from torchft.data.prefetch import Prefetch, one_epoch
-from torchft.data.preview import masked_tokens
+from torchft.data.preview import judged_tokens
 from torchft.data.samples import Samples
 from torchft.data.stream import Stream, StreamConfig, gather
 from torchft.data.stream_loader import open_loader
@@ -310,7 +310,7 @@ def train(config: Config, run: Run, world: World) -> None:
     facts = {"loss": f"{config.loss.name.rpartition('.')[2]} {config.loss.args}", "data": str(summary)}
     facts |= run_facts(model, plan, device=f"{world}, {config.dtype}", **sizes)
     console = Console(quiet=not is_main())
-    first_panel(console, "Reward modelling", facts, masked_tokens(loader.samples[0], tokenizer))
+    first_panel(console, "Reward modelling", facts, judged_tokens(loader.samples[0], tokenizer), what="are judged")
     from_main(partial(check_space, run.path, 3 * plan.memory.gradients * world.shards, copies=config.keep_last + 2))
 
     metrics = MetricsFile(run.path / "metrics.jsonl", resume_step=step)

@@ -177,7 +177,7 @@ def test_steps_are_pefts(lora, base, tmp_path, no_picture):
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_resume_is_bit_exact(lora, tmp_path, monkeypatch, no_picture, packed):
+def test_resume_is_bit_exact(lora, tmp_path, monkeypatch, no_picture, capsys, packed):
     """Interrupted after the first step, within an epoch, where an epoch ends, and run again after the last step.
 
     Between two steps means between two accumulation windows; the last one of an epoch is short.
@@ -193,6 +193,8 @@ def test_resume_is_bit_exact(lora, tmp_path, monkeypatch, no_picture, packed):
         assert rows(parts) == rows(whole)
         assert digests(parts) == digests(whole)
         assert largest_difference(exported(parts), exported(whole)) == 0
+    said = capsys.readouterr().out.split("LoRA fine-tuning")[-1].replace("\n", " ")
+    assert re.search(rf"all\W+{total}\W+steps\W+are\W+done:\W+nothing\W+is\W+left\W+to\W+train", said)
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(lora, tmp_path, monkeypatch, no_picture):

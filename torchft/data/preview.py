@@ -91,6 +91,12 @@ def masked_tokens(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]
     return list(zip(token_texts(sample.tokens, tokenizer), _is_trained(sample.labels), strict=True))
 
 
+def judged_tokens(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """(text, is what is read there judged) of each token, where labels are of their own places: scores, embeddings."""
+    judged = [label != IGNORE for label in sample.labels]
+    return list(zip(token_texts(sample.tokens, tokenizer), judged, strict=True))
+
+
 def token_texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """The text of each token; where several make one character, the first has it and the others ''."""
     texts: list[str] = []

@@ -23,14 +23,22 @@ MIN_BAR = 4  # characters
 SAMPLE_TOKENS = 600  # of the first sample, so that a long one does not fill the screen
 
 
-def first_panel(console: Console, title: str, facts: Mapping[str, str], sample: Sequence[tuple[str, bool]]) -> None:
-    """Facts as two columns, then the first sample with its mask: each token's text, and whether it is trained on."""
+def first_panel(
+    console: Console,
+    title: str,
+    facts: Mapping[str, str],
+    sample: Sequence[tuple[str, bool]],
+    *,
+    what: str = "are trained on",
+) -> None:
+    """Facts as two columns, then the first sample with its mask: each token's text, and whether they "are trained on",
+    or ``what`` there is to say of them."""
     parts: list[RenderableType] = [_columns(facts)]
     if sample:
         trained = sum(is_trained for _, is_trained in sample)
         in_colour = console.color_system is not None
         how = ("green", "green") if in_colour else ("in « »", "")
-        heading = ("\nfirst sample: ", "bold"), f"{trained} of {len(sample)} tokens are trained on (", how, ")\n"
+        heading = ("\nfirst sample: ", "bold"), f"{trained} of {len(sample)} tokens {what} (", how, ")\n"
         parts += [Text.assemble(*heading), mask_text(sample, marks=not in_colour)]
     console.print(_panel(Group(*parts), title, "blue"))
 
@@ -55,11 +63,14 @@ def last_panel(console: Console, title: str, where: Mapping[str, str], commands:
 
 
 def answers_table(console: Console, rows: Sequence[tuple[str, ...]], title: str) -> None:
-    """Sample answers before and after training: (question, wanted answer, before, after)."""
+    """Sample answers before and after training: (question, wanted answer, before, after). A run that went on has none
+    from before."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
-    for name in ("question", "wanted", "before", "after"):
+    knows_before = any(before for _, _, before, _ in rows)
+    for name in ("question", "wanted", *["before"] * knows_before, "after"):
         table.add_column(name, overflow="fold")
-    for question, want, *answers in rows:
+    for question, want, before, after in rows:
+        answers = [before, after] if knows_before else [after]
         colours = ["", "", *("green" if answer.strip() == want.strip() else "red" for answer in answers)]
         table.add_row(*(Text(_short(text), style=c) for text, c in zip((question, want, *answers), colours)))
     console.print(table)

@@ -14,6 +14,9 @@ def run_facts(
 ) -> dict[str, str]:
     """``steps`` of ``rows`` rows of all ranks, of which ``step`` are done."""
     trained, total = num_parameters(model)
+    goes_on = f", going on after step {step}" if step else ""
+    if step >= steps:
+        goes_on = f", where all {step} steps are done: nothing is left to train; max_steps or epochs would add to them"
     return {
         "model": f"{count(total)} parameters, {model.config.num_layers} layers of {model.config.dim}",
         "trained": f"{count(trained)} of them ({trained / total:.2%})",
@@ -22,5 +25,5 @@ def run_facts(
         "activations": plan.reason,
         "compiled": str(compiled()) if plan.budget is not None else "no",
         "memory": ", ".join(f"{name} {size}" for name, size in plan.memory.lines().items()) + " (estimate)",
-        "output": f"{output}" + (f", going on after step {step}" if step else ""),
+        "output": f"{output}{goes_on}",
     }

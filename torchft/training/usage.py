@@ -19,14 +19,16 @@ def commands(
     """What one does -> argument list, for an exported Hub folder and for an adapter of ``base``; None: not exported."""
     found: dict[str, list[str]] = {}
     if model:
+        found["ask the model"] = ["tune", "generate", str(model), question]
         code = CHAT.format(model=_quoted(str(model)), question=_quoted(question))
-        found["ask the model, with transformers"] = ["python", "-c", code]
-        found["serve it, with vLLM"] = ["vllm", "serve", str(model)]
+        found["the same with transformers (pip install transformers)"] = ["python", "-c", code]
+        found["serve it: tune serve, or vLLM (pip install vllm)"] = ["vllm", "serve", str(model)]
     if adapter:
+        found["ask base and adapter"] = ["tune", "generate", str(base), "--adapter", str(adapter), question]
         code = CHAT_ADAPTER.format(model=_quoted(str(adapter)), question=_quoted(question))
         served = f"{adapter.parent.parent.name}={adapter}"
-        found["ask base and adapter, with PEFT"] = ["python", "-c", code]
-        found["serve both, with vLLM"] = [
+        found["the same with PEFT (pip install peft transformers)"] = ["python", "-c", code]
+        found["serve both, with vLLM (pip install vllm)"] = [
             "vllm", "serve", str(base), "--enable-lora", "--lora-modules", served
         ]  # fmt: skip
     return found

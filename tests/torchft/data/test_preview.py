@@ -12,11 +12,13 @@ from letters import BOS, END, Letters, turns, write_jsonl
 from torchft.data.datasets import chat
 from torchft.data.mixture import mix
 from torchft.data.preferences import pairs
-from torchft.data.preview import look, masked_tokens, token_texts
+from torchft.data.preview import judged_tokens, look, masked_tokens, token_texts
 from torchft.data.preview_page import page, short, visible
+from torchft.data.samples import Sample
 from torchft.data.stream import StreamConfig, gather
 from torchft.data.stream_loader import open_loader
 from torchft.data.summary import summarise
+from torchft.losses.likelihood import IGNORE
 
 HARM = '<script>alert("x")</script>'
 
@@ -113,6 +115,8 @@ def test_masked_tokens_of_the_first_panel(data):
     sample = mix(data)[0]
     shown = masked_tokens(sample, Bytes())
     assert "".join(text for text, trained in shown if trained) == f"{HARM}\n0<end>"
+    judged = judged_tokens(Sample(tokens=[104, 105, 33], labels=[IGNORE, IGNORE, 0]), Bytes())
+    assert judged == [("h", False), ("i", False), ("!", True)]
 
 
 class Reader(HTMLParser):

@@ -6,7 +6,16 @@ import re
 import pytest
 from rich.console import Console
 
-from torchft.training.console import Steps, count, duration, first_panel, last_panel, mask_text, metrics_line
+from torchft.training.console import (
+    Steps,
+    answers_table,
+    count,
+    duration,
+    first_panel,
+    last_panel,
+    mask_text,
+    metrics_line,
+)
 
 SAMPLE = [("<|user|>", False), ("2 + 2\n", False), ("4", True), ("<|end|>", True), (" rest", False)]
 ROW = {
@@ -57,6 +66,14 @@ def test_s9_facts_are_redacted():
     console = plain()
     first_panel(console, "x", {"data": "https://me:pw1234567@host/x hf_" + "a" * 34}, [])
     assert "pw1234567" not in console.file.getvalue() and "aaaa" not in console.file.getvalue()
+
+
+def test_a_run_that_went_on_has_no_column_of_answers_from_before():
+    for before in ("", "yes"):
+        console = plain()
+        answers_table(console, [("Is it?", "no", before, "no")], "Held out")
+        head = console.file.getvalue().splitlines()
+        assert any("wanted" in line and ("before" in line) == bool(before) for line in head)
 
 
 def test_commands_are_whole_lines_that_a_shell_reads_back():

@@ -101,16 +101,22 @@ def test_k19_changes_that_came_to_nothing_leave_the_old_config(tmp_path):
     with start(tmp_path) as first:
         put(first)
     changed = CONFIG.replace("lr: 0.0001", "lr: 0.001")
-    for error in (UserError("lora_a has another shape"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), start(tmp_path, changed, resume="accept_changes"):
+
+    def fails(error, *, step=None):
+        with start(tmp_path, changed, resume="accept_changes") as run:
             assert (tmp_path / "config.yaml").read_text() == changed
+            if step:
+                put(run, step=step)
             raise error
+
+    for error in (UserError("lora_a has another shape"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fails(error)
         assert (tmp_path / "config.yaml").read_text() == CONFIG
     with start(tmp_path) as same:
         assert same.id == first.id and not same.config_changed
-    with pytest.raises(KeyboardInterrupt), start(tmp_path, changed, resume="accept_changes") as other:
-        put(other, step=2)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fails(KeyboardInterrupt(), step=2)
     assert (tmp_path / "config.yaml").read_text() == changed
 
 

@@ -24,6 +24,11 @@ def test_code_holds_the_very_question_and_path():
 
 def test_only_what_was_exported():
     assert not any("PEFT" in purpose for purpose in commands(model=FOLDER, question="x"))
-    assert all("adapter" in purpose or "both" in purpose for purpose in commands(
-        model=None, adapter=FOLDER, base=Path("base"), question="x"
-    ))  # fmt: skip
+    found = commands(model=None, adapter=FOLDER, base=Path("base"), question="x")
+    assert all(str(FOLDER) in " ".join(arguments) or "PEFT" in purpose for purpose, arguments in found.items())
+    assert found["ask base and adapter"] == ["tune", "generate", "base", "--adapter", str(FOLDER), "x"]
+
+
+def test_what_needs_nothing_else_comes_first():
+    purpose, arguments = next(iter(commands(model=FOLDER, question="x").items()))
+    assert (purpose, arguments) == ("ask the model", ["tune", "generate", str(FOLDER), "x"])
