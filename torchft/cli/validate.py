@@ -1,7 +1,9 @@
-"""``tune validate``: check a config fully. Loads no weights and imports none of the user's code."""
+"""``tune validate``: check a config fully, and that its local files are there. Loads no weights and imports none of the
+user's code."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from torchft import registry, shipped
@@ -9,7 +11,8 @@ from torchft.cli.arguments import Parser
 from torchft.cli.run import find
 from torchft.config import Component
 from torchft.config_load import load
-from torchft.errors import UserError
+from torchft.data.sources import Source, capped, files_of
+from torchft.errors import UserError, collecting
 
 
 def main(arguments: list[str]) -> None:
@@ -39,9 +42,34 @@ def main(arguments: list[str]) -> None:
     components = sorted({component.name for component in _components(config)})
     foreign = [component for component in components if registry.is_trusted(component)]
     checked = [component for component in components if component not in foreign]
+    problems: list[str] = []
+    for source in dict.fromkeys(_sources(config)):
+        with collecting(problems):
+            files_of(source)
+    if problems:
+        raise UserError(*problems)
     what = f"components {', '.join(checked)}" if checked else "no components"
     unchecked = f"; not checked (user code): {', '.join(foreign)}" if foreign else ""
     print(f"{given.config} is valid for {recipe}; {len(fields(config))} keys; {what}{unchecked}")
+
+
+def _sources(value: Any) -> Iterator[Source]:
+    """What the config says to read: local files should be there before anything is loaded."""
+    for fields_of in _mappings(value):
+        path, split = fields_of.get("source"), fields_of.get("split", "train")
+        if isinstance(path, str | Path) and isinstance(split, str):
+            yield Source(path=capped(str(path), None)[0], split=split)
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, Component):
+        value = value.args
+    elif is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _mappings(item)
 
 
 def _components(value: Any) -> Iterator[Component]:

@@ -49,3 +49,11 @@ def test_errors(library, tune, words, message):
     code, _, err = tune("validate", *words)
     assert code == 2
     assert message in err
+
+
+def test_files_that_are_not_there_are_named_all_at_once(tune):
+    words = ["validate", "--config", "demo/lora", "dataset.source=nope.jsonl#20", "exact_match.source=gone.jsonl"]
+    code, out, err = tune(*words)
+    assert (code, out) == (2, "")
+    assert "2 problems" in err and "nope.jsonl does not exist" in err and "gone.jsonl does not exist" in err
+    assert tune("validate", "--config", "demo/lora", "dataset.source=some-org/on-the-hub")[0] == 0  # nobody is asked
