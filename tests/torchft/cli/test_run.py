@@ -173,11 +173,14 @@ def test_a_distributed_alias_takes_all_visible_devices(library, tune, monkeypatc
     assert calls[2].nproc_per_node == "1"
 
 
+GOES_ON = "the same command goes on from the newest checkpoint"
+
+
 @pytest.mark.parametrize(
     ("word", "code", "lines"),
     [
         ("lr=0", 2, ["error: command line: lr: must be above 0, got 0.0"]),  # once, not once per rank
-        ("fail=kill", 1, ["error: rank 1 was killed by SIGKILL (exit code -9)"]),
+        ("fail=kill", 1, [f"error: rank 1 was killed by SIGKILL (exit code -9); {GOES_ON}"]),
     ],
 )
 def test_x1_a_failed_rank_is_named_last_and_without_noise(library, python, word, code, lines):
