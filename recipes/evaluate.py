@@ -29,16 +29,17 @@ from torchft.data.mixture import mix
 from torchft.data.prefetch import one_epoch
 from torchft.data.prompts import prompts
 from torchft.data.summary import summarise
-from torchft.errors import UserError
+from torchft.errors import UserError, collecting
 from torchft.files import atomic_write
 from torchft.generation.compiled import Compile
 from torchft.generation.exact_match import ExamConfig, answer_among_ranks, share_right
 from torchft.generation.loaded import load
 from torchft.generation.multiple_choice import (
     MultipleChoiceConfig,
+    Question,
     continuation_logps,
     pick,
-    questions_of,
+    question,
     raise_some,
 )
 from torchft.losses.likelihood import nll_sum
@@ -167,16 +168,21 @@ def exact_match(config: ExamConfig, model: Decoder, tokenizer: Tokenizer, world:
 
 def multiple_choice(config: MultipleChoiceConfig, model: Decoder, tokenizer: Tokenizer, world: World) -> Found:
     """The share of questions whose right answer is the likeliest, 0 to 1; each rank asks a part of them."""
-    questions = questions_of(prompts(config.source, max_rows=config.max_rows), tokenizer)
+    questions: list[Question] = []
+    problems: list[str] = []
+    for p in prompts(config.source, max_rows=config.max_rows):
+        with collecting(problems):
+            questions.append(question(p.messages, p.values, where=p.where, tokenizer=tokenizer))
+    raise_some(problems)
     own = questions[world.data_rank :: world.data_size]
-    pairs = [(question.context, answer) for question in own for answer in question.answers]
+    pairs = [(q.context, answer) for q in own for answer in q.answers]
     logps = iter([logp for logp, _ in continuation_logps(model, pairs, batch_size=config.batch_size)])
     right = 0
-    for question in own:
-        found, lengths = [next(logps) for _ in question.choices], [len(answer) for answer in question.answers]
-        right += pick(found, question.choices, lengths, config.normalise) == question.right
+    for q in own:
+        found, lengths = [next(logps) for _ in q.choices], [len(answer) for answer in q.answers]
+        right += pick(found, q.choices, lengths, config.normalise) == q.right
     all_right = sum(gather(right)[:: world.tokens.tp])
-    far, told = beyond([(question.num_tokens, question.where) for question in questions], model)
+    far, told = beyond([(q.num_tokens, q.where) for q in questions], model)
     counts = {"multiple_choice_rows": len(questions), "multiple_choice_beyond_context": far}
     share = all_right / len(questions)
     return {"multiple_choice": share, **counts}, [rows_used(len(questions), config.max_rows), *told]

@@ -14,13 +14,20 @@ from torchft.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactMatchConfig:
-    """The ``exact_match:`` section of a config: held-out conversations whose last answer is decoded and compared."""
+class ExamConfig:
+    """The ``exact_match:`` section of `evaluate`: held-out conversations whose last answer is decoded and compared."""
 
     source: str  # as a dataset's source
-    max_rows: Annotated[int, Range(min=1)] = 200
+    max_rows: Annotated[int, Range(min=1)] | None = None  # null: all
     max_new_tokens: Annotated[int, Range(min=1)] = 64  # longer answers are cut, and count as wrong
     batch_size: Annotated[int, Range(min=1)] = 64  # conversations decoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatchConfig(ExamConfig):
+    """That of a training recipe, which does not stop for long to ask."""
+
+    max_rows: Annotated[int, Range(min=1)] = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,8 @@ class Answer:
     question: str  # the last message before the answer
     want: str
     got: str
+    num_tokens: int  # of the conversation and the answer that was decoded
+    is_cut: bool  # at max_new_tokens
 
     @property
     def is_right(self) -> bool:
@@ -35,7 +44,7 @@ class Answer:
 
 
 def answer_all(
-    model: Decoder, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], limits: ExactMatchConfig
+    model: Decoder, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], limits: ExamConfig
 ) -> list[Answer]:
     """Decode greedily what ``model`` says in place of the last message of each conversation."""
     answers = []
@@ -44,8 +53,14 @@ def answer_all(
         prompts = [tokenizer.render(c[:-1], add_generation_prompt=True).tokens for c in batch]
         replies = generate(model, prompts, max_new_tokens=limits.max_new_tokens, stop_ids=tokenizer.stop_ids)
         answers += [
-            Answer(question=c[-2]["content"], want=c[-1]["content"], got=tokenizer.decode(reply))
-            for c, reply in zip(batch, replies)
+            Answer(
+                question=c[-2]["content"],
+                want=c[-1]["content"],
+                got=tokenizer.decode(reply),
+                num_tokens=len(prompt) + len(reply),
+                is_cut=len(reply) == limits.max_new_tokens,  # what a stop token ended is shorter, without it
+            )
+            for c, prompt, reply in zip(batch, prompts, replies)
         ]
     return answers
 
@@ -54,7 +69,7 @@ def answer_among_ranks(
     model: Decoder,
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Message]],
-    limits: ExactMatchConfig,
+    limits: ExamConfig,
     *,
     tp: int = 1,
 ) -> list[Answer]:
@@ -69,7 +84,7 @@ def answer_sharded(
     model: Decoder,
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Message]],
-    limits: ExactMatchConfig,
+    limits: ExamConfig,
     *,
     tp: int,
     fits: bool,

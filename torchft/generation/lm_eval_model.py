@@ -4,25 +4,29 @@ https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/model_guide.m
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
+from torchft.errors import UserError
 from torchft.generation.batch import answers
 from torchft.generation.compiled import Compile
 from torchft.generation.loaded import engine
 from torchft.generation.multiple_choice import continuation_logps
 from torchft.generation.sampling import sampling_of
 from torchft.modules.decoder import Decoder
+from torchft.names import nearest
 from torchft.tokenizers.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 
 
 class EngineLM(LM):
-    """Contexts longer than ``max_len`` lose their beginning, as the harness expects."""
+    """Contexts longer than ``max_len`` lose their beginning, as the harness expects; ``num_cut`` counts them."""
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class EngineLM(LM):
         super().__init__()
         self._model, self._tokenizer, self._compile = model, tokenizer, compile
         self._max_len, self._batch_size, self._num_slots = max_len, batch_size, num_slots
+        self.num_cut = 0
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         pairs = []
@@ -50,7 +55,9 @@ class EngineLM(LM):
             own = self._tokenizer.encode(context)
             rest = whole[len(own) :] or self._tokenizer.encode(continuation)
             before = [*start, *whole[: len(whole) - len(rest)]]
-            pairs.append((before[-max(1, self._max_len - len(rest)) :], rest[: self._max_len - 1]))
+            room = max(1, self._max_len - len(rest))
+            self.num_cut += len(before) > room or len(rest) >= self._max_len
+            pairs.append((before[-room:], rest[: self._max_len - 1]))
         return continuation_logps(self._model, pairs, batch_size=self._batch_size)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
@@ -72,7 +79,9 @@ class EngineLM(LM):
             prompts = []
             for i in same:
                 text = requests[i].args[0]
-                prompts.append([*self._start(text), *self._tokenizer.encode(text)][-room:])
+                prompt = [*self._start(text), *self._tokenizer.encode(text)]
+                self.num_cut += len(prompt) > room
+                prompts.append(prompt[-room:])
             sizes = {"num_slots": min(self._num_slots, len(same)), "max_len": self._max_len}
             slots = engine(self._model, self._tokenizer, **sizes, compile=self._compile)
             replies = answers(slots, self._tokenizer, prompts, sampling=sampling_of(how))
@@ -89,11 +98,25 @@ class EngineLM(LM):
         return start or ([] if text else [self._first()])
 
 
-def run_tasks(lm: EngineLM, tasks: list[str], *, num_fewshot: int | None, limit: int | None) -> dict[str, float]:
-    """{"task/metric": value} of the harness's own tasks."""
-    results = lm_eval.simple_evaluate(model=lm, tasks=tasks, num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0)
+def find_tasks(tasks: list[str]) -> TaskManager:
+    """What the harness knows. UserError with every one of ``tasks`` that it does not; a .yaml file is a task too."""
+    manager = TaskManager()
+    known = manager.all_tasks
+    unknown = [task for task in tasks if task not in known and not Path(task).is_file()]
+    if unknown:
+        why = "no task of the harness and no .yaml file; `lm_eval ls tasks` lists them"
+        raise UserError(*(f"tasks: {task!r} is {why}{nearest(task, known)}" for task in unknown))
+    return manager
+
+
+def run_tasks(
+    lm: EngineLM, tasks: list[str], manager: TaskManager, *, num_fewshot: int | None, limit: int | None
+) -> dict[str, float]:
+    """{"task/metric": value} of the harness's own tasks; "task/metric,filter" where answers are filtered."""
+    how = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": 0}
+    results = lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, **how)
     return {
-        f"{task}/{metric.partition(',')[0]}": value
+        f"{task}/{metric.removesuffix(',none')}": value
         for task, metrics in results["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric

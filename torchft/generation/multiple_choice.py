@@ -1,9 +1,9 @@
 """Multiple choice: which of some written answers a model finds likeliest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torchft.errors import UserError
 from torchft.losses.likelihood import IGNORE, token_logps
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.kv_cache import KVCache
+from torchft.tokenizers.chat import Message
+from torchft.tokenizers.tokenizer import Tokenizer
+
+PROBLEMS_SHOWN = 20  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,43 @@ class MultipleChoiceConfig:
     max_rows: Annotated[int, Range(min=1)] | None = None
     normalise: Literal["none", "tokens", "bytes"] = "bytes"  # a choice's log-probability is divided by its length
     batch_size: Annotated[int, Range(min=1)] = 32  # choices computed together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """``context`` and ``answers`` in tokens; ``choices``: the answers' texts, of which number ``right`` is right."""
+
+    context: list[int]
+    answers: list[list[int]]
+    choices: list[str]
+    right: int
+    where: str  # file:line
+
+    @property
+    def num_tokens(self) -> int:
+        """With the longest answer."""
+        return len(self.context) + max(map(len, self.answers))
+
+
+def question(messages: Sequence[Message], values: Mapping[str, Any], *, where: str, tokenizer: Tokenizer) -> Question:
+    """Of a row's ``messages`` before the answer, and its ``values``. UserError if choices or answer do not fit."""
+    choices = values.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise UserError(f"{where}: 'choices' must list at least two answers, text")
+    if values.get("answer") is None:
+        raise UserError(f"{where}: the row has no 'answer': the number, letter or text of one choice")
+    right = right_choice(values["answer"], choices, where)
+    context = tokenizer.render(messages, add_generation_prompt=True).tokens
+    answers = [tokenizer.encode(text, control=False) for text in choices]
+    return Question(context=context, answers=answers, choices=choices, right=right, where=where)
+
+
+def raise_some(problems: Sequence[str]) -> None:
+    """All ranks: UserError with the first ``problems`` of rows, and how many more there are; nothing without any."""
+    more = len(problems) - PROBLEMS_SHOWN
+    if problems:
+        rest = [f"{more} more rows have problems too"] if more > 0 else []
+        raise UserError(*problems[:PROBLEMS_SHOWN], *rest, is_shared=True)
 
 
 @torch.no_grad()
@@ -58,7 +99,7 @@ def right_choice(answer: object, choices: Sequence[str], where: str) -> int:
         return list(choices).index(text)
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < len(choices):
         return ord(text.upper()) - ord("A")
-    if text.isdigit() and int(text) < len(choices):
+    if text.isdecimal() and int(text) < len(choices):
         return int(text)
     raise UserError(
         f"{where}: the answer {answer!r} is none of the {len(choices)} choices, nor a number or letter of one"

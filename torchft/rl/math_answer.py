@@ -1,65 +1,129 @@
-r"""Whether two written answers have the same value: 0.5, 1/2, \frac{1}{2}, 50\%, 1,000, 2\sqrt{3}, x^2+1, (1, 2).
+r"""The answer that a solution ends in, and whether two have the same value: 0.5, 1/2, \frac{1}{2}, 50\%, (1, 2), x^2+1.
 
-Expressions are parsed (never run as code) and compared by their value; those with letters at a few points.
+Expressions are compared by their value (math_value.py), those with letters at a few points: letters stand for positive
+numbers, unless there is a |x|. Beside Hugging Face's math-verify: tests/torchft/rl/test_math_answer_table.py.
 """
 
 import cmath
-import math
 import random
 import re
+from collections.abc import Sequence
 
-Value = complex | tuple["Value", ...]
+from torchft.rl.math_value import Group, Value, letters_of, number, tokens_of, value
 
 POINTS = 4  # at which expressions with letters are compared
-TOLERANCE = 1e-9  # relative
+TOLERANCE = 1e-12  # relative: 123456789012 is not 123456789013
 LONGEST = 500  # characters of an answer
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)?\.?\d+(?:/\d+)?%?")
-_TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\?[a-zA-Z]+|\^|.)", re.DOTALL)
-_FUNCTIONS = {
-    "sqrt": cmath.sqrt, "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "exp": cmath.exp,
-    "ln": cmath.log, "log": cmath.log10,
-}  # fmt: skip
+TAIL = 2000  # characters in which a text without a box ends
+NEAR = 60  # characters after "answer" in which it is given
+
+_NUMBER = r"(?>(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)"  # 1,234.5, 1e-3
+_TERM = rf"(?:(?<![\w)\]}}])-)?(?:\({{1,5}}-?)?(?<![\w.]){_NUMBER}\){{0,5}}"  # the "-" of 3-5 is no sign
+_SIZES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
+_RUN = rf"(?<!\^){_TERM}(?: ?[-+*/^\u00d7÷] ?{_TERM}){{0,40}}(?:\s?\\?%| (?:{'|'.join(_SIZES)})\b)?"
+_RELATION = re.compile(r"[<>≤≥≠]|\\(?:[lg]eq?|neq?|[lg]t)(?![a-zA-Z])|^[^=]*\d[a-zA-Z][^=]*=[^=]*$")
+_MATH = re.compile(
+    rf"""\$\$(?P<a>.{{1,{LONGEST}}}?)\$\$ | \\\[(?P<b>.{{1,{LONGEST}}}?)\\\] | \\\((?P<c>.{{1,{LONGEST}}}?)\\\)
+    | (?<![\\\d])\$(?P<d>[^$\n]{{1,{LONGEST}}})\$(?!\d)                     # no price: $5 and $6
+    | (?<!\S)(?P<e>\S*\\[a-zA-Z]+[^\s.,;]*(?:[.,;][^\s.,;]+)*)              # \frac{{3}}{{4}} without dollars
+    | (?P<f>(?<!\w)[(\[]\s*RUN(?:\s*,\s*RUN)+\s*[)\]]) | (?P<g>RUN)
+    """.replace("RUN", _RUN.replace(" ", "[ ]")),
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a solution ends in: its last \boxed{...} or, without one, what follows "####", a short text, or its last
-    number. None if there is nothing."""
+    r"""What a solution ends in: its last \boxed{...}, the line after the last "####", all of a text that is an
+    expression or a word, what follows "answer", or the last expression; the last three in <answer> if there is one.
+    None if there is nothing."""
     if (boxed := _last_boxed(text)) is not None:
-        return boxed
-    if "####" in text:
-        return text.rpartition("####")[2].strip() or None
-    if text.strip() and len(text.split()) <= 1:
-        return text.strip()
-    if _is_expression(text):
-        return text.strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+        return boxed or None
+    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        text = tagged[-1]
+    _, mark, line = text.rpartition("####")
+    if mark:
+        text = next(iter(line.strip().splitlines()), "")
+    if len(text.split()) == 1:
+        return text.strip().strip("*`")[:LONGEST] or None
+    text = text[-TAIL:].replace("\u2212", "-").strip()
+    if _is_expression(text, products=False):
+        return text
+    return _in_prose(text) or (text or None if mark else None)
+
+
+def wanted_answer(text: str, where: str) -> str:
+    """The `final_answer` of the data's own solution. ValueError if there is none: nothing would ever equal it."""
+    if (found := final_answer(text)) is None:
+        raise ValueError(
+            f"{where}: no value in the answer of the data, {text[:200]!r}; it needs a \\boxed{{...}}, a line #### 72 "
+            "or a number: name another column, or leave the row out"
+        )
+    return found
 
 
 def is_equal(one: str, other: str) -> bool:
-    """Whether both are written alike, but for spaces, or have the same value."""
+    """Whether both are written alike, but for spaces, or have the same value; 50% is 0.5 and 50."""
+    if len({match[1] for text in (one, other) if (match := re.match(r"[\s$]*([a-zA-Z])\s*=", text))}) > 1:
+        return False  # x = 2, y = 2
     one, other = _clean(one), _clean(other)
-    if one.replace(" ", "").lower() == other.replace(" ", "").lower():
+    if _is_same(one, other):
+        return True
+    return one.endswith("%") != other.endswith("%") and _is_same(one.removesuffix("%"), other.removesuffix("%"))
+
+
+def evaluate(expression: str) -> float:
+    """The real value of an expression in numbers. ValueError if it has none."""
+    try:
+        found = number(value(tokens_of(_clean(expression), products=False), {}))
+    except ArithmeticError:
+        raise ValueError(f"{expression!r} has no value") from None
+    if abs(found.imag) > 1e-12 or not cmath.isfinite(found):
+        raise ValueError(f"{expression!r} has no real value")
+    return found.real
+
+
+def _is_same(one: str, other: str) -> bool:
+    if one.lower() == other.lower():
         return bool(one)
     if max(len(one), len(other)) > LONGEST:
         return False
-    draw = random.Random(0)
-    letters = {name: complex(draw.uniform(0.3, 2.0)) for name in sorted(_letters(one) | _letters(other))}
+    ours, theirs = tokens_of(one, products=True), tokens_of(other, products=True)
+    names = sorted(letters_of(ours) | letters_of(theirs))
+    rounding = max(_rounding(one), _rounding(other))
+    if not rounding and re.search(r"[a-zA-Z]{2}|[π√]", one + other):
+        rounding = 1e-15  # sin(pi) is not quite 0
+    draw, low = random.Random(0), -2.0 if "|" in one + other else 0.3
     try:
-        for _ in range(POINTS if letters else 1):
-            if not _is_close(_Parser(one, letters).value(), _Parser(other, letters).value()):
+        for _ in range(POINTS if names else 1):
+            letters = {name: complex(draw.uniform(low, 2.0)) for name in names}
+            if not _is_close(value(ours, letters), value(theirs, letters), 1e-12 if names else rounding):
                 return False
-            letters = {name: complex(draw.uniform(0.3, 2.0)) for name in letters}
-    except (ValueError, ZeroDivisionError, OverflowError, RecursionError):
+    except (ValueError, ArithmeticError):
         return False
     return True
 
 
-def _is_close(one: Value, other: Value) -> bool:
-    if isinstance(one, tuple) or isinstance(other, tuple):
-        both = isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other)
-        return both and all(_is_close(a, b) for a, b in zip(one, other))  # type: ignore[arg-type]
-    return cmath.isfinite(one) and cmath.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-12)
+def _is_close(one: Value, other: Value, rounding: float) -> bool:
+    if isinstance(one, Group) and isinstance(other, Group):
+        kinds = {one.brackets, other.brackets}
+        if len(one.items) != len(other.items) or (len(kinds) > 1 and kinds not in ({"", "()"}, {"", "{}"})):
+            return False
+        if kinds <= {"", "{}"}:  # of a set, or of solutions one after another, the order means nothing
+            return _covers(one.items, other.items, rounding) and _covers(other.items, one.items, rounding)
+        return all(_is_close(a, b, rounding) for a, b in zip(one.items, other.items))
+    if isinstance(one, Group) or isinstance(other, Group):
+        return False
+    return cmath.isfinite(one) and cmath.isclose(one, other, rel_tol=TOLERANCE, abs_tol=rounding)
+
+
+def _covers(some: Sequence[Value], others: Sequence[Value], rounding: float) -> bool:
+    return all(any(_is_close(a, b, rounding) for b in others) for a in some)
+
+
+def _rounding(text: str) -> float:
+    """How far a decimal of six places or more may be from what it stands for: 0.333333 is 1/3, 0.333 is not."""
+    decimal = re.fullmatch(r"-?\d*\.(\d{6,})", text)
+    return 0.5000001 * 10.0 ** -len(decimal[1]) if decimal else 0.0
 
 
 def _last_boxed(text: str) -> str | None:
@@ -74,146 +138,62 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-def _clean(text: str) -> str:
-    """Without what has no value: dollar signs, spacing, units in \\text, a full stop, "x =" before the answer."""
-    text = re.sub(r"\\(?:left|right|displaystyle|,|;|!|quad)(?![a-zA-Z])|\\[$]|\$", " ", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", lambda m: "" if re.search(r"\d", text) else m[1], text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\%", "%").replace("\\cdot", "*")
-    text = text.replace("\\times", "*").replace("\\div", "/").replace("\u2212", "-")
-    text = text.replace("^\\circ", "").replace("°", "")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).strip().rstrip(".").strip()
-    return re.sub(r"^[a-zA-Z]\s*=\s*", "", text)
+def _in_prose(text: str) -> str | None:
+    """The first expression close after the last "answer" that no "=" follows; else the last of all."""
+    found, at = None, 0
+    start = max((said.end() for said in re.finditer(r"(?i)answer(?:[^.\n]{0,60}? is\b)?", text)), default=-1)
+    while match := _MATH.search(text, at):
+        said = (match[match.lastgroup] if match.lastgroup else "").strip()
+        if match.lastgroup == "g" and said.count("(") != said.count(")"):
+            said = said.strip("()")
+        if not _is_expression(said, products=True):
+            at = match.start() + 1
+            continue
+        found, at = said, match.end()
+        if 0 <= start <= match.start() <= start + NEAR and not re.match(r"\s*=", text[at : at + 9]):
+            break
+    return found
 
 
-def _letters(text: str) -> set[str]:
-    return {w for w in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text) if w not in ("e", "i")}
-
-
-def _is_expression(text: str) -> bool:
-    text = _clean(text)
-    try:
-        _Parser(text, dict.fromkeys(_letters(text), 1.0 + 0j)).value()
-    except (ValueError, ZeroDivisionError, OverflowError, RecursionError):
+def _is_expression(text: str, *, products: bool) -> bool:
+    if len(text) > LONGEST:
         return False
-    return bool(text) and len(text) <= LONGEST
-
-
-class _Parser:
-    """sum := product (("+" | "-") product)*; product := sign? power (("*" | "/")? power)*; power := atom "^" power."""
-
-    def __init__(self, text: str, letters: dict[str, complex]) -> None:
-        self._tokens = [t for t in _TOKEN.findall(text) if t.strip()]
-        self._letters, self._at = letters, 0
-
-    def value(self) -> Value:
-        found = self._list()
-        if self._at != len(self._tokens):
-            raise ValueError(f"{self._next()!r} was not expected")
-        return found
-
-    def _list(self) -> Value:
-        items: list[Value] = [self._sum()]
-        while self._next() == ",":
-            self._at += 1
-            items.append(self._sum())
-        return items[0] if len(items) == 1 else tuple(items)
-
-    def _sum(self) -> Value:
-        total = self._product()
-        while (sign := self._next()) in ("+", "-"):
-            self._at += 1
-            term = _number(self._product())
-            total = _number(total) + (term if sign == "+" else -term)
-        return total
-
-    def _product(self) -> Value:
-        if self._next() in ("-", "+"):
-            sign = -1 if self._take() == "-" else 1
-            return sign * _number(self._product())
-        total = self._power()
-        while (token := self._next()) and token not in ("+", "-", ",", ")", "}", "]"):
-            if token == "%":
-                self._at += 1
-                total = _number(total) / 100
-            elif token in ("*", "/"):
-                self._at += 1
-                sign = -1 if self._next() == "-" else 1
-                self._at += sign < 0
-                factor = sign * _number(self._power())
-                total = _number(total) * factor if token == "*" else _number(total) / factor
-            else:
-                total = _number(total) * _number(self._power())  # 2x, 3(4), 2\sqrt{3}
-        return total
-
-    def _power(self) -> Value:
-        base = self._atom()
-        if self._next() != "^":
-            return base
-        self._at += 1
-        negative = self._next() == "-"
-        self._at += negative
-        exponent = _number(self._power())
-        if abs(exponent) > 1000:
-            raise OverflowError
-        return _number(base) ** (-exponent if negative else exponent)
-
-    def _atom(self) -> Value:
-        token = self._take()
-        if token[0].isdigit() or token[0] == ".":
-            return complex(float(token))
-        if token in ("(", "[", "{"):
-            inner = self._list()
-            self._take(*")]}" if token != "{" else "}")
-            return inner
-        if token == "\\frac":
-            above = self._argument()
-            return above / self._argument()
-        name = token.removeprefix("\\")
-        if name in _FUNCTIONS:
-            if name == "sqrt" and self._next() == "[":
-                self._at += 1
-                root = _number(self._sum())
-                self._take("]")
-                return _number(self._atom()) ** (1 / root)
-            return _FUNCTIONS[name](_number(self._atom()))
-        constants = {"pi": math.pi, "π": math.pi, "e": math.e, "i": 1j, "infty": math.inf}
-        if name in constants:
-            return complex(constants[name])
-        if name in self._letters:
-            return self._letters[name]
-        raise ValueError(f"{token!r} has no value")
-
-    def _argument(self) -> complex:
-        """Of \\frac: what braces hold or, without them, one digit."""
-        token = self._next()
-        if token.isdigit() and len(token) > 1:
-            self._tokens[self._at] = token[1:]
-            return complex(int(token[0]))
-        return _number(self._atom())
-
-    def _next(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
-
-    def _take(self, *expected: str) -> str:
-        token = self._next()
-        if not token or (expected and token not in expected):
-            raise ValueError(f"{token!r} where {expected} was expected")
-        self._at += 1
-        return token
-
-
-def evaluate(expression: str) -> float:
-    """The real value of an expression in numbers. ValueError if it has none."""
+    if _RELATION.search(text) and not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", text):
+        return True  # x > 3, which equals only what is written alike
+    tokens = tokens_of(_clean(text), products=products)
     try:
-        found = _number(_Parser(_clean(expression), {}).value())
-    except (ZeroDivisionError, OverflowError, RecursionError):
-        raise ValueError(f"{expression!r} has no value") from None
-    if abs(found.imag) > 1e-12 or not cmath.isfinite(found):
-        raise ValueError(f"{expression!r} has no real value")
-    return found.real
+        value(tokens, dict.fromkeys(letters_of(tokens), 1.5 + 0j))
+    except ValueError:
+        return False
+    except ArithmeticError:  # 1/0 is written as an expression
+        return True
+    return True
 
 
-def _number(value: Value) -> complex:
-    if isinstance(value, tuple):
-        raise ValueError("a list has no value of its own")
-    return value
+def _clean(text: str) -> str:
+    """Without what has no value: dollar signs, spacing, units, a full stop, "x =" before the answer."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ])(?=\d{3}(?!\d))", ",", text)  # 10{,}000, 10\,000, 10,\!000
+    text = re.sub(r"\\(?:left|right|displaystyle|q?quad)(?![a-zA-Z])|\\[,;:! $]|[$€£]", " ", text)
+    is_of_numbers = re.search(r"\d", re.sub(r"\\text\{[^{}]*\}", "", text))
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\{([^{}]*)\}", " " if is_of_numbers else r"\1", text)
+    for old, new in _WRITTEN.items():
+        text = text.replace(old, new)
+    text = text.strip().rstrip(".").strip()
+    if text[:1] not in "([{":  # (100,200) is a pair
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"^[a-zA-Z](?:\([a-z]\))?\s*(?:=|\\in(?![a-zA-Z]))", "", text)
+    text = re.sub(r"\s*([^\w\s.]|\s)\s*", r"\1", text).strip()  # spaces only between words and numbers
+    text = re.sub(r"(?<=\d):(?=\d)", "/", text)
+    text = re.sub(rf"(?<=\d) ({'|'.join(_SIZES)})\b", lambda m: f"*10^{_SIZES[m[1]]}", text)
+    text = re.sub(r"^(-?[\d.,/*^]*\d) [a-zA-Z]{2,}[a-zA-Z /]*$", r"\1", text)  # 18 dollars
+    part = r"\\frac(?:\{\d+\}|\d)(?:\{\d+\}|\d)"
+    return re.sub(rf"(?<![\w.)}}\]])(\d+)(?:({part})| (\d+/\d+)(?![\d/]))", r"(\1+\2\3)", text)  # 1\frac{1}{2}, 1 1/2
+
+
+_WRITTEN = {
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\dbinom": "\\binom", "\\{": "{", "\\}": "}", "\\%": "%",
+    "\\cdot": "*", "\\times": "*", "\\div": "/", "\u00d7": "*", "÷": "/", "\u2212": "-", "√": "\\sqrt ",
+    "∞": "\\infty ",
+    "^\\circ": "", "^{\\circ}": "", "°": "", "\\lvert": "|", "\\rvert": "|",
+    "\\leq": "≤", "\\le": "≤", "\\geq": "≥", "\\ge": "≥", "\\neq": "≠", "\\ne": "≠", "\\lt": "<", "\\gt": ">",
+}  # fmt: skip

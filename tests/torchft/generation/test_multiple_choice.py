@@ -37,6 +37,6 @@ def test_pick_by_length():
 def test_right_choice():
     choices = ["red", "green", "2"]
     assert [right_choice(a, choices, "x") for a in (1, "red", "B", "c", "1", "2")] == [1, 0, 1, 2, 1, 2]
-    for wrong in (3, "blue", "D", -1, None):
+    for wrong in (3, "blue", "D", -1, None, "²"):
         with pytest.raises(UserError, match="row:7: the answer"):
             right_choice(wrong, choices, "row:7")
