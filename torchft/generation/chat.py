@@ -16,7 +16,7 @@ from torchft.tokenizers.tokenizer import Tokenizer
 HELP = """/undo          forget the last question and its answer
 /system TEXT   a new system prompt, and a new conversation; without TEXT none
 /save FILE     the conversation as a row of training data, appended to a .jsonl file
-/quit          or Ctrl-D; Ctrl-C ends an answer"""
+/quit          or Ctrl-D; Ctrl-C ends an answer, and twice in a row the conversation"""
 
 
 class Chat:
@@ -28,22 +28,23 @@ class Chat:
         self._start(system)
 
     def answer(self, question: str) -> Iterator[str]:
-        """The model's answer in pieces. It becomes part of the history, also if the reader stops early."""
+        """The model's answer in pieces. It becomes part of the history, also if the reader stops early; a question that
+        cannot be answered (UserError) does not."""
+        before, said = list(self.messages), ""
         self.messages.append({"role": "user", "content": question})
         try:
             prompt = self._tokenizer.render(self.messages, add_generation_prompt=True).tokens
-        except UserError:
-            self.messages.pop()
-            raise
-        request = Request(prompt=prompt, sampling=self._sampling, seed=self._seed, is_streamed=True)
-        self._seed += 1
-        said = ""
-        try:
+            request = Request(prompt=prompt, sampling=self._sampling, seed=self._seed, is_streamed=True)
+            self._seed += 1
             for piece in stream(self._engine, self._tokenizer, request):
                 said += piece
                 yield piece
+        except UserError:
+            self.messages = before
+            raise
         finally:
-            self.messages.append({"role": "assistant", "content": said})
+            if self.messages is not before:
+                self.messages.append({"role": "assistant", "content": said})
 
     def command(self, line: str) -> str:
         """Do what a line that begins with "/" says; what to tell the user."""
@@ -59,18 +60,31 @@ class Chat:
         if word == "/save":
             if not rest.strip():
                 return "/save needs the name of a .jsonl file"
-            return self._save(Path(rest.strip()).expanduser())
+            return self._save(rest.strip())
         return HELP if word == "/help" else f"{word} is no command\n{HELP}"
 
     def _start(self, system: str) -> None:
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def _save(self, path: Path) -> str:
+    def _save(self, name: str) -> str:
+        """What to tell the user, whatever is wrong: the conversation must not end with it."""
+        if all(message["role"] != "assistant" for message in self.messages):
+            return "there is no answer to save yet"
         try:
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            atomic_write(path, before + json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            path = Path(name).expanduser()
+            before = path.read_bytes() if path.exists() else b""
+            before.decode()
+            gap = b"\n" if before and not before.endswith(b"\n") else b""  # an editor may leave the last row open
+            row = json.dumps({"messages": self.messages}, ensure_ascii=False)
+            atomic_write(path, before + gap + row.encode() + b"\n")
+        except UnicodeDecodeError as e:
+            return f"{name} is not UTF-8 at byte {e.start}, so no row can follow: name another file"
+        except UnicodeEncodeError:
+            return "the conversation holds half a character, which no file can: /undo, or a new one with /system"
         except OSError as e:
-            return f"{path} cannot be written: {e.strerror}"
+            return f"{name} cannot be written: {e.strerror}"
+        except (RuntimeError, ValueError) as e:  # ~ of nobody, a name with a zero byte
+            return f"{name!r} is no name of a file: {e}"
         return f"saved to {path}"
 
 
@@ -82,9 +96,10 @@ def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> Iterator[s
         while not engine.is_idle:
             for _, tokens, _, finish in engine.advance():
                 if finish == "too_long":
+                    is_all = engine.max_len >= engine.model.config.max_seq_len
                     raise UserError(
                         f"the conversation has {len(request.prompt)} tokens, and {engine.max_len} is the most with its "
-                        "answer: /undo, a new conversation with /system, or a larger --max-len"
+                        f"answer: /undo, a new conversation with /system{'' if is_all else ', or a larger --max-len'}"
                     )
                 yield text.push(tokens, is_last=finish is not None)
                 if finish == "not_finite":

@@ -66,6 +66,11 @@ def load(
     return model.eval(), tokenizers.load(checkpoint_dir, chat_format=chat_format)
 
 
+def context_of(checkpoint_dir: Path) -> int:
+    """Tokens that the model of a Hub folder was made for. UserError for a folder that is none; no weights are read."""
+    return models.build(models.config_json(checkpoint_dir)).config.max_seq_len
+
+
 def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int, compile: Compile = False) -> Engine:
     """An engine that speaks ``tokenizer``'s language: its stop tokens, its ids, its text."""
     return Engine(

@@ -49,20 +49,52 @@ def test_commands(demo, tmp_path):
     assert talk.command(f"/save {tmp_path / 'a.jsonl'}").startswith("saved")
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert rows == [{"messages": talk.messages}] * 2
+    assert "cannot be written" in talk.command(f"/save {tmp_path / 'none' / 'a.jsonl'}")
     assert talk.command("/undo") == "forgotten" and talk.messages == [{"role": "system", "content": "Be brief."}]
     assert "nothing" in talk.command("/undo") and len(talk.messages) == 1
     assert talk.command("/system Be kind.") and talk.messages == [{"role": "system", "content": "Be kind."}]
     assert talk.command("/system") and talk.messages == []
     assert "/undo" in talk.command("/help") and "no command" in talk.command("/hlep")
-    assert "cannot be written" in talk.command(f"/save {tmp_path / 'none' / 'a.jsonl'}")
     assert "needs" in talk.command("/save")
 
 
+def test_a_save_that_fails_keeps_file_and_chat(demo, tmp_path):
+    talk, latin = chat(demo), tmp_path / "latin.jsonl"
+    assert "no answer to save" in talk.command(f"/save {tmp_path / 'empty.jsonl'}") and not list(tmp_path.iterdir())
+    list(talk.answer("What is 3 plus 4?"))
+    latin.write_bytes(b"caf\xe9\n")
+    assert "not UTF-8 at byte 3" in talk.command(f"/save {latin}") and latin.read_bytes() == b"caf\xe9\n"
+    for name in ("~nobody-of-that-name/a.jsonl", "a\0b.jsonl", str(tmp_path), "a" * 300):
+        assert "saved" not in talk.command(f"/save {name}")
+    talk.messages[0]["content"] = "half \ud800"
+    assert "half a character" in talk.command(f"/save {tmp_path / 'half.jsonl'}")
+    assert len(talk.messages) == 2 and list(tmp_path.iterdir()) == [latin]
+
+
+def test_a_row_is_not_joined_to_an_open_one(demo, tmp_path):
+    talk, path = chat(demo), tmp_path / "a.jsonl"
+    list(talk.answer("What is 3 plus 4?"))
+    path.write_text('{"messages": []}')
+    assert talk.command(f"/save {path}").startswith("saved")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"messages": []},
+        {"messages": talk.messages},
+    ]
+
+
 def test_a_conversation_that_is_too_long_says_the_way_out(demo):
-    talk = chat(demo, max_len=20)
-    with pytest.raises(UserError, match=r"20 is the most.*/undo"):
-        list(talk.answer("Repeat the word " + "hello " * 10))
-    assert talk._engine.is_idle
+    """And goes on as it was: what could not be answered is not in the history."""
+    talk = chat(demo, max_len=64)
+    list(talk.answer("What is 3 plus 4?"))
+    before = list(talk.messages)
+    for question in ("Repeat the word " + "hello " * 20, "half \ud800"):
+        with pytest.raises(UserError):
+            list(talk.answer(question))
+        assert talk.messages == before and talk._engine.is_idle
+    with pytest.raises(UserError, match=r"64 is the most.*/undo.*--max-len"):
+        list(talk.answer("Repeat the word " + "hello " * 20))
+    assert "forgotten" in talk.command("/undo") and talk.messages == []
+    assert "".join(talk.answer("What is 3 plus 4?")) == "7"
 
 
 def test_a_reader_who_leaves_ends_the_answer(demo):
