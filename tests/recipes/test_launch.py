@@ -192,9 +192,7 @@ def test_x14_a_rank_that_dies_beside_a_step_is_named_and_the_same_command_goes_o
         rewards = f"rollout.rewards=[{{reward: {{_component_: deadly_parts.reward, at: {at}}}}}]"
         words = [*words[:2], *GRPO, f"output_dir={tmp_path / 'run'}", rewards]
     code, _, err = ended(launch(*words, recipe=recipe, cwd=tmp_path))
-    assert code == 1 and err.rstrip().splitlines()[-1] == f"error: rank {rank} {KILLED}", (
-        err
-    )
+    assert code == 1 and err.rstrip().splitlines()[-1] == f"error: rank {rank} {KILLED}", err
     (tmp_path / "deadly").unlink()
     code, out, err = ended(launch(*words, recipe=recipe, cwd=tmp_path))
     assert code == 0 and "going on after step" in out, (out, err)

@@ -9,7 +9,7 @@ the model's own, with their adapters: what training changes, the next step uses.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -19,15 +19,11 @@ from torchft.cuda_graphs import Graphs
 from torchft.generation.compiled import CompiledStep
 from torchft.generation.looks import Look, Reader
 from torchft.generation.narrow_adapters import NarrowAdapters
+from torchft.generation.prefill import passes, power_of_two
 from torchft.generation.requests import Completion, Finish, Request, Running, Update
 from torchft.generation.slots import Slots, Start
 from torchft.modules.decoder import Decoder
 
-PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
-SHORTEST = 16  # tokens of the smallest prefill
-# Of a prefill as large as they come, to be compiled: one graph for each length of many short prompts. What is compiled
-# hangs on the shape alone, never on what came before: a resumed run computes the same bits.
-COMPILED_ROWS = 4
 STEPS_PER_LOOK = {"cuda": 4}  # at what has ended, which is read while the next steps run; elsewhere 1
 
 
@@ -137,9 +133,9 @@ class Engine:
     def _take(self, steps: int) -> None:
         """Queue ``steps`` tokens for every slot. A request that is done draws none, which the next looks tell."""
         longest = max(len(r.request.prompt) + r.count for r in self._running.values())
-        seen = _power_of_two(longest + steps, most=self.max_len)
+        seen = power_of_two(longest + steps, most=self.max_len)
         used = self.num_slots if self._compiled else max(self._running) + 1
-        rows = _power_of_two(used, most=self.num_slots)
+        rows = power_of_two(used, most=self.num_slots)
         filtered = self._is_filtered()
         self._slots.cache.see(seen)
         step = partial(self._slots.step, rows, filtered=filtered)
@@ -182,23 +178,12 @@ class Engine:
             prompt, limit = tuple(request.prompt), len(request.prompt) + running.most(self.max_len)
             starts.append(Start(slot=slot, prompt=prompt, sampling=request.sampling, seed=request.seed, limit=limit))
         filtered = self._is_filtered()
-        for length, prompts in self._prefills(starts):
+        for length, prompts, is_compiled in passes((start.prompt for start in starts), max_len=self.max_len):
             held = set(prompts)
             own = [start for start in starts if start.prompt in held]
-            is_full = len(prompts) == _rows_of(length) >= COMPILED_ROWS
-            blocks = self._compiled.used() if self._compiled and is_full else nullcontext()
+            blocks = self._compiled.used() if self._compiled and is_compiled else nullcontext()
             self._slots.prefill(own, prompts, length=length, filtered=filtered, blocks=blocks)
         return refused
-
-    def _prefills(self, starts: list[Start]) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        """(padded length, distinct prompts) of each forward pass that ``starts`` need."""
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for prompt in dict.fromkeys(start.prompt for start in starts):
-            length = _power_of_two(max(len(prompt), SHORTEST), most=self.max_len)
-            by_length.setdefault(length, []).append(prompt)
-        for length, prompts in by_length.items():
-            for i in range(0, len(prompts), _rows_of(length)):
-                yield length, prompts[i : i + _rows_of(length)]
 
     def _collect(self, look: Look) -> list[Update]:
         """What is new in the slots since the look before."""
@@ -248,13 +233,3 @@ class Engine:
 
     def _is_filtered(self) -> bool:
         return any(running.request.sampling.is_filtered for running in self._running.values())
-
-
-def _rows_of(length: int) -> int:
-    """Rows of the largest prefill of so many tokens each."""
-    return max(1, PREFILL_TOKENS // length)
-
-
-def _power_of_two(n: int, *, most: int) -> int:
-    """The next power of two, or ``most``: few shapes, so few CUDA graphs."""
-    return min(1 << (n - 1).bit_length(), most)

@@ -1,6 +1,6 @@
 """Prompts through the model, all tokens at once: what the slots' caches need, and where each answer begins."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -11,10 +11,16 @@ from torchft.generation.send import send
 from torchft.modules.decoder import Decoder, Project
 from torchft.modules.kv_cache import KVCache
 
+PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
+SHORTEST = 16  # tokens of a row, at least
+# Of a pass as large as they come, to be compiled: one graph for each length of many short prompts. What is compiled
+# hangs on the shape alone, never on what came before: a resumed run computes the same bits.
+COMPILED_ROWS = 4
 # Padded tokens and rows of the largest prefill that is a CUDA graph. A host takes 85 ms to launch the kernels of Llama
 # 3.1 8B (H100), in which the GPU computes some 2700 tokens.
 GRAPH_TOKENS, GRAPH_ROWS = 2048, 128
 
+Prompt = tuple[int, ...]
 Shape = tuple[int, int]  # rows and their padded length
 Name = tuple[int, str]  # of a layer "k" or "v", or LOGITS
 LOGITS: Name = (-1, "logits")
@@ -32,7 +38,7 @@ class Prefill:
         self._inputs: dict[Shape, tuple[Tensor, Tensor]] = {}  # tokens [rows, length] and lengths [rows]
         self._kept: dict[Name, Tensor] = {}  # where graphs leave what they compute: their own memory is the next one's
 
-    def __call__(self, prompts: list[tuple[int, ...]], *, length: int) -> tuple[Tensor, KVCache]:
+    def __call__(self, prompts: list[Prompt], *, length: int) -> tuple[Tensor, KVCache]:
         """``length``: tokens of a row, padding too."""
         device = self._model.embed_tokens.weight.device
         shape = (1 << (len(prompts) - 1).bit_length(), length)
@@ -75,6 +81,23 @@ class Prefill:
                 for flat in (self._kept.get((i, "k")), self._kept.get((i, "v")))
             )
         return cache
+
+
+def passes(prompts: Iterable[Prompt], *, max_len: int) -> Iterator[tuple[int, list[Prompt], bool]]:
+    """The forward passes that ``prompts`` need: the padded length of a row, distinct prompts, whether to compile it."""
+    by_length: dict[int, list[Prompt]] = {}
+    for prompt in dict.fromkeys(prompts):
+        by_length.setdefault(power_of_two(max(len(prompt), SHORTEST), most=max_len), []).append(prompt)
+    for length, alike in by_length.items():
+        most = max(1, PREFILL_TOKENS // length)
+        for i in range(0, len(alike), most):
+            rows = alike[i : i + most]
+            yield length, rows, len(rows) == most >= COMPILED_ROWS
+
+
+def power_of_two(n: int, *, most: int) -> int:
+    """The next power of two, or ``most``: few shapes, so few graphs."""
+    return min(1 << (n - 1).bit_length(), most)
 
 
 def _flat(cache: KVCache) -> Iterator[tuple[Name, Tensor]]:

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from torchft.errors import UserError
-from torchft.generation.engine import PREFILL_TOKENS, SHORTEST
 from torchft.generation.narrow_adapters import NarrowAdapters
-from torchft.generation.prefill import Prefill
+from torchft.generation.prefill import PREFILL_TOKENS, SHORTEST, Prefill
 from torchft.generation.sampling import Sampling
 from torchft.generation.slots import Slots, Start
 from torchft.modules.decoder import Decoder

@@ -12,7 +12,7 @@ from tiny import decoder, tokens, transformers_model
 
 from torchft import models
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, lora_layers
-from torchft.generation import engine as engine_file
+from torchft.generation import prefill
 from torchft.generation.engine import Engine
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling
@@ -230,7 +230,7 @@ def test_compiled_steps_find_the_same(monkeypatch):
 
 def test_full_prefills_are_compiled_by_their_shape(monkeypatch):
     """And by nothing else: whatever came before, the same prompts are computed alike."""
-    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 64)
     monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
     model, counts = decoder().eval(), []
     short = [PROMPTS[i] for i in (0, 2, 5, 6)]  # rows of 16 tokens, with padding
@@ -327,8 +327,8 @@ def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_of_every_family_is_one_graph(case, tmp_path, monkeypatch):
     """Nothing in it, nor in a full prefill, makes the compiler give up, and layers of a kind share theirs."""
-    monkeypatch.setattr(engine_file, "COMPILED_ROWS", 1)
-    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(prefill, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     theirs = transformers_model(**CASES[case])
     theirs.save_pretrained(tmp_path)
     ours = models.load(tmp_path, dtype=torch.float32)
@@ -357,8 +357,8 @@ def test_cuda_graphs_change_nothing():
 def test_compiled_steps_on_a_gpu(num_slots, monkeypatch):
     """And full prefills. A single slot has products of its own. In fp32 the same tokens; in bf16 log-probabilities as
     training finds them."""
-    monkeypatch.setattr(engine_file, "COMPILED_ROWS", 1)
-    monkeypatch.setattr(engine_file, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(prefill, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     model = decoder().eval().to("cuda")
     asked = requests(PROMPTS[:4], top_p=0.9)
     want = engine(model, num_slots=num_slots).complete(asked)
