@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
 
+    if given.device == "auto" and pick_device("auto").type == "cpu":  # whose memory such a model fills
+        parser.error("there is no GPU here; --device cpu measures this host")
     device = pick_device(given.device)
     model = models.build(given.model).to(torch.bfloat16).to_empty(device=device).eval()
     init_weights(model)

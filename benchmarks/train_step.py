@@ -39,7 +39,7 @@ from torchft.models.shallow import build_shallow
 from torchft.ranks import gather, is_main, local
 from torchft.training.compile import compiled
 from torchft.training.distributed import ParallelConfig, World, frozen_weights, init, sum_gradients
-from torchft.training.environment import device_name, seconds_since_start
+from torchft.training.environment import device_name, pick_device, seconds_since_start
 from torchft.training.in_backward import InBackward
 from torchft.training.meter import training_flops
 from torchft.training.metrics import mfu, peak_flops, peak_memory_gib
@@ -76,6 +76,8 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=1, help="as in a recipe's `parallel`")
     parser.add_argument("--reshard", choices=("auto", "true", "false"), default="auto", help="free weights in between")
     given = parser.parse_args()
+    if given.device == "auto" and pick_device("auto").type == "cpu":  # whose memory such a model fills
+        parser.error("there is no GPU here; --device cpu measures this host")
     parallel = ParallelConfig(
         replicate=given.replicate,
         tp=given.tp,

@@ -56,7 +56,7 @@ from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -378,7 +378,7 @@ def train(config: Config, run: Run, world: World) -> None:
     prompts = {name: str(texts.get(f"{name}_prompt", "")) for name in ("query", "document")}
     trained = replace(embedder, prompts=embedder.prompts | prompts, max_seq_len=int(texts.get("text_len", 128)))
     save_modules(export, trained, dim=model.config.dim, pad_token=tokenizer.decode([tokenizer.pad_id]))
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
+    where = results(metrics.path, export=f"{export}")
     last_panel(console, "Done", where, {})
 
 

@@ -49,7 +49,7 @@ from torchft.training.in_backward import InBackward
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups, warn_if_frozen
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -354,7 +354,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     export = run.path / "export"
     save(config, model, tokenizer, export)
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "loss": f"{run.path / 'loss.png'}"}
+    where = results(metrics.path, loss=f"{run.path / 'loss.png'}")
     where |= {"model": str(export)}
     if exam:
         after = after or examine(model, tokenizer, questions, exam)  # resumed after the last step

@@ -48,7 +48,7 @@ from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, measures, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -276,7 +276,7 @@ def train(config: Config, run: Run, world: World) -> None:
     if step == 0 and questions:
         row = rollouts.held_out(questions)
         metrics.write({"step": 0, **row})
-        console.print(f"held out, before: {row}")
+        console.print(f"held out, before: {measures(row)}")
     if saved:
         guard.load_state_dict(saved.read("guard"))
         load_rng_state(saved.read_own("rng"))  # last: what stands above draws random numbers
@@ -387,8 +387,7 @@ def train(config: Config, run: Run, world: World) -> None:
     export, adapter = run.path / "export", "adapter" in config.export and config.lora is not None
     whole = "merged" in config.export or not config.lora
     save_trained(model, export, **source, dtype=DTYPES[config.export_dtype], whole=whole, adapter=adapter)
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
-    where |= {"samples": f"{run.path / 'samples.jsonl'}"} | {n: f"{v:.3f}" for n, v in row.items() if "eval_" in n}
+    where = results(metrics.path, export=f"{export}", samples=f"{run.path / 'samples.jsonl'}")
     folders = {"model": export if whole else None, "adapter": export / "adapter" if adapter else None}
     question = questions[0].messages[-1]["content"] if questions else "Hello!"
     last_panel(console, "Done", where, commands(**folders, base=config.checkpoint_dir, question=question))

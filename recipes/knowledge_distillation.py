@@ -53,7 +53,7 @@ from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -381,7 +381,7 @@ def train(config: Config, run: Run, world: World) -> None:
     export, source = run.path / "export", {"checkpoint_dir": config.checkpoint_dir, "tokenizer": tokenizer}
     whole, adapter = "merged" in config.export or not config.lora, bool("adapter" in config.export and config.lora)
     save_trained(model, export, **source, dtype=DTYPES[config.export_dtype], whole=whole, adapter=adapter)
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
+    where = results(metrics.path, export=f"{export}")
     folders = {"model": export if whole else None, "adapter": export / "adapter" if adapter else None}
     last_panel(console, "Done", where, commands(**folders, base=config.checkpoint_dir, question="Hello!"))
 

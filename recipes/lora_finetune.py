@@ -52,7 +52,7 @@ from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -364,7 +364,7 @@ def train(config: Config, run: Run, world: World) -> None:
 
     export = run.path / "export"
     save(config, model, tokenizer, export)
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "loss": f"{run.path / 'loss.png'}"}
+    where = results(metrics.path, loss=f"{run.path / 'loss.png'}")
     model_dir = export if "merged" in config.export else None
     adapter_dir = export / "adapter" if "adapter" in config.export else None
     where |= {"merged model": str(model_dir)} if model_dir else {}

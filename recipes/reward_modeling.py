@@ -59,7 +59,7 @@ from torchft.training.guard import Guard, GuardConfig
 from torchft.training.interrupt import Interruptible, Stopped
 from torchft.training.loggers import Loggers
 from torchft.training.meter import Meter, training_flops
-from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows
+from torchft.training.metrics import MetricsFile, Row, draw_loss, read_rows, results
 from torchft.training.optim import clip_grad_norm, param_groups
 from torchft.training.optimizer_memory import optimizer_bytes
 from torchft.training.profile import ProfileConfig, profiled
@@ -391,7 +391,7 @@ def train(config: Config, run: Run, world: World) -> None:
     export = run.path / "export"
     dtype = DTYPES[config.export_dtype]
     save_trained(model, export, checkpoint_dir=config.checkpoint_dir, tokenizer=tokenizer, dtype=dtype)
-    where = {"checkpoints": f"{run.path}/step_*", "metrics": f"{metrics.path}", "export": f"{export}"}
+    where = results(metrics.path, export=f"{export}")
     last_panel(console, "Done", where, {})
 
 

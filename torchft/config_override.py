@@ -47,7 +47,8 @@ def _apply(document: Document, argument: str) -> None:
     path, equals, text = argument.removeprefix("~").partition("=")
     removes = argument.startswith("~")
     if removes == bool(equals) or not path:
-        raise UserError("expected key=value to set or ~key to remove")
+        hint = f"; a config is named by --config {argument}" if "/" in argument or argument.endswith(".yaml") else ""
+        raise UserError(f"expected key=value to set or ~key to remove{hint}")
     *above, last = path.split(".")
     node: Any = document.tree
     for part in above:

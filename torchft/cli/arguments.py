@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
         for word in arguments:
             name, _, value = word.partition("=")
             if name.startswith("-") and name not in self._option_string_actions:
-                near = nearest(name, self._option_string_actions) or _as_config(name, value)
+                near = nearest(name, self._option_string_actions)
+                near += "" if near and "_" not in name else _as_config(name, value)  # keys of configs have underscores
                 raise UserError(f"unknown option {word!r}{near}; see `{self.prog} --help`")
         return self.parse_intermixed_args(arguments)
 

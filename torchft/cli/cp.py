@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torchft import shipped
 from torchft.cli.arguments import Parser
+from torchft.cli.run import find, is_recipe
 from torchft.errors import UserError
 from torchft.files import atomic_write
 
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
     parser.add_argument("--make-parents", action="store_true", help="create the folders above FILE")
     given = parser.parse(arguments)
-    source = shipped.find(given.name)
+    source = find(given.name)[0] if is_recipe(given.name) else shipped.find(given.name)
     file = given.file.expanduser()
     if file.is_dir():
         raise UserError(f"{file} is a folder; name the file: {file / source.name}")

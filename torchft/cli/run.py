@@ -123,6 +123,12 @@ def find(name: str) -> tuple[Path, bool]:
     return shipped.find_recipe(base), name.endswith("_distributed")
 
 
+def is_recipe(name: str) -> bool:
+    """Whether ``name`` is one of torchtune's for a recipe of ours, or has its ending for the devices."""
+    base = name.removesuffix("_distributed").removesuffix("_single_device")
+    return TORCHTUNE_NAMES.get(name, TORCHTUNE_NAMES.get(base, base)) in shipped.recipes()
+
+
 def _parser(verb: str, description: str) -> Parser:
     parser = Parser(verb, description)
     parser.add_argument("--config", metavar="CONFIG", help="name (`tune ls`) or YAML file")

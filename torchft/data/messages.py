@@ -139,7 +139,7 @@ def detect(row: Values) -> str:
     if other:
         raise RowError(f"no column 'messages'; the columns are {list(row)}. Try column_map: {{messages: {other}}}")
     hint = ", or torchft.data.datasets.completion for raw text" if "text" in row else ""
-    raise RowError(missing(("instruction", "output"), row) + hint)
+    raise RowError(f"no column 'messages' of a conversation, and {missing(('instruction', 'output'), row)}{hint}")
 
 
 def missing(columns: Iterable[str], row: Values) -> str:

@@ -41,6 +41,10 @@ class Method:
     clip_low: float = 0.2
     clip_high: float = 0.2
 
+    def __str__(self) -> str:
+        bounds = f"{1 - self.clip_low:g} to {1 + self.clip_high:g}"
+        return f"advantages by {self.advantages}, ratios by {self.objective}, {bounds}, mean by {self.normalizer}"
+
 
 METHODS = {
     "grpo": Method(advantages="group", objective="token", normalizer="sequence"),  # https://arxiv.org/abs/2402.03300

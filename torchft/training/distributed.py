@@ -228,9 +228,10 @@ def degrees(config: ParallelConfig, size: int) -> tuple[int, int, int, int]:
         named = {"replicate": config.replicate, "shard": shard, "cp": config.cp, "tp": config.tp}
         product = " x ".join(f"{name} {n}" for name, n in named.items() if n > 1 or name in ("replicate", "shard"))
         whole = f"{product} = {others * shard}"
+        way = "leave parallel.shard out to take what there is" if config.shard else "give numbers that divide them"
         raise UserError(
             f"parallel: {whole}, but there are {size} processes: start as many as the product "
-            "(--nproc-per-node times --nnodes), or leave parallel.shard out to take what there is",
+            f"(--nproc-per-node times --nnodes), or {way}",
             is_shared=True,
         )
     if shard * config.cp * config.tp % config.ep:

@@ -86,6 +86,22 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def results(metrics: Path, **where: str) -> dict[str, str]:
+    """For the last panel: the files of a run, those of ``where`` too, and what was held out, before and after."""
+    found = {"checkpoints": f"{metrics.parent}/step_*", "metrics": f"{metrics}", **where}
+    rows = [row for row in read_rows(metrics) if measures(row)]
+    if rows:
+        before = f"{measures(rows[0])}; after: " if rows[0]["step"] == 0 and len(rows) > 1 else ""
+        found["held out"] = f"{before}{measures(rows[-1])}"
+    return found
+
+
+def measures(row: Mapping[str, float | int | str | None]) -> str:
+    """What ``row`` says of held-out data, for people."""
+    parts = ((name, value) for name, value in row.items() if name.startswith("eval_"))
+    return ", ".join(f"{name[5:].replace('_', ' ')} {value:.4g}" for name, value in parts if isinstance(value, float))
+
+
 def draw_loss(rows: Sequence[Mapping[str, float | int | str | None]], path: Path, *, title: str) -> None:
     """Loss over steps as a picture: each step, their mean over 5% of the run, and ``eval_loss`` where there is one.
 

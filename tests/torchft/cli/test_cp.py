@@ -17,6 +17,11 @@ def test_copies_with_the_right_suffix_and_says_how_to_run(library, tune):
     assert tune("run", "my_recipe.py", "--config", "mine.yaml")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["stub_single_device", "stub_distributed"])
+def test_names_that_run_takes_are_taken(library, tune, name):
+    assert tune("cp", name, "mine.py") == (0, "copied to mine.py; run it with: tune run mine.py --config CONFIG\n", "")
+
+
 def test_s7_never_overwrites_silently(library, tune):
     Path("mine.yaml").write_text("precious")
     code, _, err = tune("cp", "demo/stub", "mine.yaml")

@@ -34,6 +34,14 @@ def test_an_unknown_verb_is_told_the_nearest(tune):
     [
         (["ls", "--all"], "unknown option '--all'"),
         (["cp", "x"], "the following arguments are required: FILE"),
+        (
+            ["run", "stub", "--max_steps", "3"],
+            "did you mean '--max_restarts'?) (a config value is given without dashes: max_st",
+        ),
+        (
+            ["run", "stub", "demo/stub"],
+            "demo/stub: expected key=value to set or ~key to remove; a config is named by --config",
+        ),
         (["run", "stub", "--batch_size=4"], "unknown option '--batch_size=4' (a config value is given without dashes"),
         (["run", "stub", "--nprocpernode=4"], "unknown option '--nprocpernode=4' (did you mean '--nproc_per_node'?)"),
         (["run", "stub", "--hf-token", "x"], "unknown option '--hf-token'"),

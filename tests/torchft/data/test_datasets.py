@@ -145,7 +145,7 @@ def test_chat_without_chat_template_is_refused(tmp_path):
 def test_d4_missing_column_names_file_line_and_a_column_map(tmp_path):
     rows = [{"question": "Hi", "answer": "Yo"}] * 3
     message = refused(chat, tmp_path, rows)
-    assert message.startswith(f"{tmp_path}/d.jsonl:1: no column 'instruction', 'output'")
+    assert message.startswith(f"{tmp_path}/d.jsonl:1: no column 'messages' of a conversation, and no column 'instruction', 'output'")
     assert "Try column_map: {instruction: question, output: answer}" in message
     assert "no column 'text'; the columns are ['question', 'answer']" in refused(completion, tmp_path, rows)
     assert "no column 'text'" in refused(completion, tmp_path, [{"text": "a"}, {"txt": "b"}])

@@ -20,6 +20,7 @@ from torchft.training.metrics import (
     peak_flops,
     peak_memory_gib,
     read_rows,
+    results,
 )
 
 
@@ -135,3 +136,17 @@ def test_peaks_and_mfu():
 def test_peak_memory_of_the_cpu_is_the_kernels():
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     assert peak_memory_gib(torch.device("cpu")) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.01)
+
+
+def test_results_tell_what_was_held_out_before_and_after(tmp_path):
+    """Of a run that went on, what an earlier start has measured; of one without, nothing."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    assert "held out" not in results(metrics.path, export="e")
+    metrics.write({"step": 0, "eval_loss": 0.69315, "eval_own_divergence": 0.25})
+    metrics.write({"step": 5, "loss": 0.5})
+    metrics.write({"step": 10, "loss": 0.4, "eval_loss": 0.31234, "eval_own_divergence": 0.1234567})
+    found = results(metrics.path, export="e")
+    assert found["held out"] == "loss 0.6932, own divergence 0.25; after: loss 0.3123, own divergence 0.1235"
+    assert found["export"] == "e" and found["metrics"] == str(metrics.path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "eval_loss": 0.5}\n')
+    assert results(metrics.path)["held out"] == "loss 0.5"
