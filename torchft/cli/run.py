@@ -202,6 +202,8 @@ def _show_log() -> None:
     assert handler is not None
     handler.setLevel(logging.INFO)
     handler.addFilter(redact_record)
+    for name in ("torchao", "torch.utils._pytree"):  # of its libraries for other machines, and to its authors
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _redacted_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
