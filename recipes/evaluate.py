@@ -126,7 +126,7 @@ def perplexity(config: Config, data: Component, model: Decoder, tokenizer: Token
     )
     nll = evaluate(model, loader, world)
     dropped = sum(summary.dropped.values())
-    lost = tokens_lost(dataset) if summary.truncated or dropped else 0
+    lost = tokens_lost(dataset) if summary.truncated or summary.dropped.get("too long") else 0
     far, told = beyond([(n, samples.where(i)) for i, n in enumerate(samples.lengths())], model)
     said = [f"{summary.rows - dropped:,} of {summary.rows:,} rows, {summary.supervised:,} tokens counted"]
     said += [*summary.warnings(), *([f"{lost:,} tokens of too long rows left out"] if lost else []), *told]

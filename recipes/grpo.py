@@ -86,7 +86,8 @@ class Config:
     # null: their mismatch is only reported
     passes: Annotated[int, Range(min=1)] = 1  # over the answers of a step
     mini_batches: Annotated[int, Range(min=1)] = 1  # optimizer steps in a pass
-    overlong_buffer: Annotated[int, Range(min=1)] | None = None  # tokens before the limit: the reward falls by 1 there
+    overlong_buffer: Annotated[int, Range(min=1)] | None = None  # tokens before the limit of all turns: the reward
+    # falls by 1 there
     skip_truncated: bool = False  # answers that were cut at the limit teach nothing
 
     # Prompts, answers, rewards

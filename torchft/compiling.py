@@ -19,9 +19,9 @@ def prepare() -> Path:
     Call it before the first compilation. Returns the folder; $TORCHINDUCTOR_CACHE_DIR and $TRITON_CACHE_DIR win if they
     are set. Without it torch uses the folder for temporary files, which rarely outlives a machine's restart.
     """
-    # Two kinds of layers, with and without gradients, with and without adapters, in two shapes are 16 graphs already,
-    # and torch's 8 hold for all blocks of a class together.
-    dynamo_config.recompile_limit = 64
+    # Eight kinds of layers (Gemma 4) in the five lengths of compiled prefills are 40 graphs, besides those of steps and
+    # of training, with and without gradients and adapters; torch's 8 hold for all blocks of a class together.
+    dynamo_config.recompile_limit, dynamo_config.accumulated_recompile_limit = 256, 1024
     folder = cache_folder() / "compiled" / f"torch-{torch.__version__}-py{platform.python_version()}-{_processor()}"
     for name, path in {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder / "triton"}.items():
         if os.environ.get(name, default_cache_dir()).startswith(default_cache_dir()):  # torch sets them when imported

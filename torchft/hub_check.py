@@ -15,6 +15,8 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
     """UserError unless the folder holds exactly the tensors that the model needs, in their shapes."""
     want = hub_shapes(piece for parts in plan.values() for piece in parts)
     have = {n for n in files.names() if n in want or not re.search(names.ignored, n)}
+    readers = {_layer(n) for n in want if ".q_proj." in n} - {_layer(n) for n in want if ".k_proj." in n}
+    have -= {n for n in have - set(want) if re.search(names.unread, n) and _layer(n) in readers}
     if names.predictor:
         layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
         further = f"model.layers.{max(layers, default=-1) + 1}."
@@ -40,6 +42,11 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
         if problems != tied:
             shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
         raise UserError(*shown)
+
+
+def _layer(name: str) -> str | None:
+    found = re.search(r"layers\.\d+\.", name)
+    return found and found[0]
 
 
 def _tied_head(files: WeightFiles, head: str, want: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ stacked weight of ours that is stored as tensors of one expert each (Mixtral, Qw
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class HubNames:
     transposed: str | None = None  # regex on our names of stacked weights that the Hub holds as [e, in, out]
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out
+    unread: str = r"(?!)"  # regex of Hub tensors to leave out of layers that read another's keys and values
     # A module of layers behind the last one that predict further tokens, for faster decoding, and the fields of
     # config.json that count them: such layers are left out, and what is written has none.
     predictor: str | None = None
@@ -36,6 +37,11 @@ class HubNames:
         default_factory=dict
     )  # regex on the Hub's name -> what it is in some folders, read too
     stacked: "HubNames | None" = None  # transformers 5's own layout of the same model, which files may have instead
+
+    def ignoring(self, pattern: str) -> "HubNames":
+        """These names, in both layouts, with Hub tensors of ``pattern`` left out besides."""
+        stacked = self.stacked and self.stacked.ignoring(pattern)
+        return replace(self, ignored=rf"{self.ignored}|{pattern}", stacked=stacked)
 
     def rename(self, name: str) -> str:
         """Our module or parameter name -> the Hub's."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 STEPS = ["max_steps=8", "epochs=20", "batch_size=1", "save_every=2", "export=[adapter]"]
 
-KILLED = "was killed by SIGKILL (exit code -9); the same command goes on from the newest checkpoint"
+KILLED = "was killed by SIGKILL (exit code -9); if it has saved a checkpoint, the same command goes on from there"
 GOES_ON = r"going on after step\W+[24]"  # a rank that is killed in step 6 may have been writing step 4
 
 

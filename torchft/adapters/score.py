@@ -49,14 +49,14 @@ def apply_score_head(
     model.lm_head = ScoreHead(
         model.config.dim, len(labels), bias=per_token, device=model.embed_tokens.weight.device, dtype=torch.float32
     )
-    names = model.hub_format.names
+    names, head = model.hub_format.names, {r"^lm_head\.": "score."}
     names = replace(
         names,
-        renamed={**names.renamed, r"^lm_head\.": "score."},
-        ignored=rf"{names.ignored}|(^|\.)lm_head\.weight$",
+        renamed={**names.renamed, **head},
         fresh=r"^lm_head\.",
-        stacked=None,
-    )
+        stacked=names.stacked
+        and replace(names.stacked, renamed={**names.stacked.renamed, **head}, fresh=r"^lm_head\."),
+    ).ignoring(r"(^|\.)lm_head\.weight$")
     about = _about(name.replace("ForCausalLM", kind), labels, problem) | {"pad_token_id": pad_id}
     model.hub_format = replace(model.hub_format, names=names, config_json=json | about)
 

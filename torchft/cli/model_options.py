@@ -22,7 +22,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--device", default="auto", help="auto takes the accelerator if there is one")
     parser.add_argument("--max-len", type=int, help="tokens of a question and its answer; default: as many as fit")
-    parser.add_argument("--compile", action="store_true", help="faster answers on a GPU, after a minute at the start")
+    parser.add_argument(
+        "--compile", action="store_true", help="faster answers on a GPU, after a few minutes the first time"
+    )
 
 
 def model_problems(given: argparse.Namespace) -> list[str]:

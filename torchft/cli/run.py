@@ -172,7 +172,8 @@ def _torchrun(options: list[str], command: list[str]) -> None:
         if failure.exitcode in (2, 3, 130):  # the process has said why
             sys.exit(1 if failure.exitcode == 3 else failure.exitcode)
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else "failed; its error is above"
-        again = "; the same command goes on from the newest checkpoint" if failure.exitcode == -signal.SIGKILL else ""
+        again = "; if it has saved a checkpoint, the same command goes on from there"
+        again = again if failure.exitcode == -signal.SIGKILL else ""
         print(f"error: rank {rank} {how} (exit code {failure.exitcode}){again}", file=sys.stderr)
         sys.exit(1)
     except SignalException as e:

@@ -9,10 +9,8 @@ from torchft.cli.arguments import Parser
 from torchft.cli.model_options import add_model_options, load_model, model_problems, range_problems
 from torchft.config import Range
 from torchft.errors import UserError, collecting
-from torchft.generation.batch import answers
-from torchft.generation.loaded import engine
+from torchft.generation.loaded import engine, warm_up
 from torchft.generation.room import gib, longest_slots
-from torchft.generation.sampling import Sampling
 from torchft.generation.worker import Worker
 
 RANGES = {"num_slots": Range(min=1), "max_len": Range(min=2), "port": Range(min=0, max=65535)}
@@ -45,8 +43,8 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{given.checkpoint} has no chat template: name a format with --chat-format")
         max_len, need = longest_slots(model, num_slots=given.num_slots, asked=given.max_len)
         slots = engine(model, tokenizer, num_slots=given.num_slots, max_len=max_len, compile=given.compile)
-        if given.compile:  # now, not at the first request
-            answers(slots, tokenizer, [[0]], sampling=Sampling(max_new_tokens=2))
+        if given.compile:  # now, while nobody waits
+            warm_up(slots)
         name = given.name or given.checkpoint.resolve().name
         host, port = door.getsockname()[:2]
         print(

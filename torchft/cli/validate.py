@@ -57,13 +57,14 @@ def _sources(value: Any) -> Iterator[Source]:
     """What the config says to read: local files should be there before anything is loaded."""
     for fields_of in _mappings(value):
         path, split = fields_of.get("source"), fields_of.get("split", "train")
-        if isinstance(path, str | Path) and isinstance(split, str):
-            yield Source(path=capped(str(path), None)[0], split=split)
+        for one in path if isinstance(path, list) else [path]:
+            if isinstance(one, str | Path) and isinstance(split, str):
+                yield Source(path=capped(str(one), None)[0], split=split)
 
 
 def _mappings(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, Component):
-        value = value.args
+        value = {} if registry.is_trusted(value.name) else value.args  # whose words may mean anything
     elif is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, dict):

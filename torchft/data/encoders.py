@@ -11,7 +11,6 @@ from torchft.data.messages import (
     Values,
     fill,
     is_null,
-    system_in_question,
     text,
     with_system,
     without_empty,
@@ -133,6 +132,16 @@ def control_notes(tokenizer: Tokenizer, *texts: str) -> Notes:
     return Notes([CONTROL_TEXT] if any(map(tokenizer.num_control, texts)) else [])
 
 
+def system_in_question(messages: list[Message]) -> list[Message]:
+    """A system message written at the beginning of the first question, for chat formats that have no place for one."""
+    match messages:
+        case [{"role": "system", "content": str(system)}, {"role": "user", "content": str(question)}, *others]:
+            return [{"role": "user", "content": f"{system}\n\n{question}"}, *others]
+        case [{"role": "system"}, *_]:
+            raise RowError("system_into_question: the system message and the question after it must be text")
+    return messages
+
+
 def _integers(row: Values, column: str) -> list[int]:
     values = row.get(column)
     if isinstance(values, Sequence) and not isinstance(values, str) and all(type(value) is int for value in values):
@@ -152,6 +161,8 @@ def _tools(row: Values) -> list[dict[str, Any]] | None:
             tools = json.loads(tools)
         except ValueError as e:
             raise RowError(f"'tools' is not valid JSON: {e}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("function", t), dict) for t in tools
+    ):
         raise RowError("'tools' must be a list of objects that describe functions")
     return tools or None

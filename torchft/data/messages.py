@@ -166,16 +166,6 @@ def with_system(messages: list[Message], prompt: str) -> list[Message]:
     return [{"role": "system", "content": prompt}, *(m for m in messages if m["role"] != "system")]
 
 
-def system_in_question(messages: list[Message]) -> list[Message]:
-    """A system message written at the beginning of the first question, for chat formats that have no place for one."""
-    match messages:
-        case [{"role": "system", "content": str(system)}, {"role": "user", "content": str(question)}, *others]:
-            return [{"role": "user", "content": f"{system}\n\n{question}"}, *others]
-        case [{"role": "system"}, *_]:
-            raise RowError("system_into_question: the system message and the question after it must be text")
-    return messages
-
-
 def text(row: Values, column: str) -> str:
     """A column that must hold text."""
     if column not in row:

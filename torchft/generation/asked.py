@@ -14,6 +14,7 @@ from torchft.config import Range
 from torchft.errors import UserError
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling, sampling_of
+from torchft.names import nearest
 from torchft.tokenizers.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -32,7 +33,14 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("auto", "none"),
+    "parallel_tool_calls": (True,),
 }
+# What is read; and what changes no answer.
+READ = {
+    "messages", "prompt", "n", "seed", "stream", "stream_options", "logprobs", "best_of", "stop", "max_tokens",
+    "max_completion_tokens", "top_k", "tools", "tool_choice", *NUMBERS,
+}  # fmt: skip
+HARMLESS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 INSTEAD = {"frequency_penalty": "; repetition_penalty is", "presence_penalty": "; repetition_penalty is",
            "functions": "; tools are", "function_call": "; tools are"}  # fmt: skip
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -117,6 +125,9 @@ def asked(body: Json, tokenizer: Tokenizer, *, max_len: int, vocab_size: int, is
 
 
 def _check_neutral(body: Json) -> None:
+    for name, value in body.items():
+        if value is not None and name not in READ | HARMLESS | NEUTRAL.keys():
+            raise Refused(f"{name!r:.80} is not available{nearest(name, READ)}; leave it out", param=name)
     for name, nothing in NEUTRAL.items():
         value = body.get(name)
         if value is not None and not any(

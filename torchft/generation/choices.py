@@ -90,4 +90,4 @@ def logps_of(found: Sequence[TokenLogp], *, is_chat: bool) -> Json:
 
 def _bytes(text: str) -> list[int] | None:
     """None for a part of a character, which the text does not tell."""
-    return None if "\ufffd" in text else list(text.encode())
+    return None if not text or "\ufffd" in text else list(text.encode())

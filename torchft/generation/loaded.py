@@ -17,6 +17,9 @@ from torchft.dequantise import TorchaoFiles, open_weights
 from torchft.errors import UserError
 from torchft.generation.compiled import Compile, backend_of
 from torchft.generation.engine import Engine
+from torchft.generation.prefill import Prompt, compiled_passes
+from torchft.generation.requests import Request
+from torchft.generation.sampling import Sampling
 from torchft.hub_names import pieces
 from torchft.modules.decoder import Decoder
 from torchft.token_shards import WHOLE_ROWS, TokenShards
@@ -82,6 +85,13 @@ def engine(model: Decoder, tokenizer: Tokenizer, *, num_slots: int, max_len: int
         decode=tokenizer.decode,
         compile=backend_of(compile, model.embed_tokens.weight.device),
     )
+
+
+def warm_up(engine: Engine) -> None:
+    """Compile what requests would wait for: a step, and prefills of as many prompts as there are slots."""
+    shapes: list[list[Prompt]] = [[(0,)], *compiled_passes(num_slots=engine.num_slots, max_len=engine.max_len)]
+    for prompts in shapes:
+        engine.complete([Request(prompt=prompt, sampling=Sampling(max_new_tokens=2)) for prompt in prompts])
 
 
 def _rounded_inputs(model: Decoder, folder: Path) -> dict[str, str]:

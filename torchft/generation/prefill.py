@@ -13,9 +13,9 @@ from torchft.modules.kv_cache import KVCache
 
 PREFILL_TOKENS = 8192  # of one forward pass: enough to keep a GPU busy, few enough to bound its memory
 SHORTEST = 16  # tokens of a row, at least
-# Of a pass as large as they come, to be compiled: one graph for each length of many short prompts. What is compiled
-# hangs on the shape alone, never on what came before: a resumed run computes the same bits.
-COMPILED_ROWS = 4
+# Of a pass as large as they come, to be compiled: rows, and their length, each of which has graphs of its own. What is
+# compiled hangs on the shape alone, never on what came before: a resumed run computes the same bits.
+COMPILED_ROWS, COMPILED_LENGTH = 4, 128
 # Padded tokens and rows of the largest prefill that is a CUDA graph. A host takes 85 ms to launch the kernels of Llama
 # 3.1 8B (H100), in which the GPU computes some 2700 tokens.
 GRAPH_TOKENS, GRAPH_ROWS = 2048, 128
@@ -92,7 +92,19 @@ def passes(prompts: Iterable[Prompt], *, max_len: int) -> Iterator[tuple[int, li
         most = max(1, PREFILL_TOKENS // length)
         for i in range(0, len(alike), most):
             rows = alike[i : i + most]
-            yield length, rows, len(rows) == most >= COMPILED_ROWS
+            yield length, rows, len(rows) == most >= COMPILED_ROWS and length >= COMPILED_LENGTH
+
+
+def compiled_passes(*, num_slots: int, max_len: int) -> list[list[Prompt]]:
+    """Prompts of zeros, but for what tells them apart, for each shape that an engine would compile."""
+    lengths = {power_of_two(1 << i, most=max_len) for i in range(max_len.bit_length() + 1)}
+    found = []
+    for length in sorted(lengths):
+        most = max(1, PREFILL_TOKENS // length)
+        prompts = [tuple(int(j == i) for j in range(length - 1)) for i in range(most)]
+        if most <= num_slots and [is_compiled for _, _, is_compiled in passes(prompts, max_len=max_len)] == [True]:
+            found.append(prompts)
+    return found
 
 
 def power_of_two(n: int, *, most: int) -> int:

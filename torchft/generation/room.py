@@ -56,7 +56,8 @@ class Need:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def need_of(model: Decoder, *, tokens: int = PREFILL_TOKENS) -> Need:
-    """From prefills, the largest of ``tokens``, and a step, as the engine makes them. UserError if these do not fit."""
+    """From prefills, the largest of ``tokens``, and a step, as an engine makes them that does not compile, which takes
+    more. UserError if these do not fit."""
     device, context = model.embed_tokens.weight.device, model.config.max_seq_len
     shortest, length = min(SHORTEST, context), min(tokens, PREFILL_TOKENS, context)
     try:
@@ -76,7 +77,7 @@ def need_of(model: Decoder, *, tokens: int = PREFILL_TOKENS) -> Need:
             half, whole = (_peak(device, partial(_prefilled, model, n)) for n in (length // 2, length))
             square = max(0.0, (whole - 2 * half) * 2 / length**2)
             step_len = min(STEP_LEN, length)
-            step = _peak(device, _step(model, step_len)) / (2 * step_len)
+            step = max(0, _peak(device, _step(model, step_len)) - 2 * need.draw) / (2 * step_len)
     except torch.OutOfMemoryError:
         raise UserError(f"{device}: beside the model no memory is left for a prompt of {length} tokens") from None
     return replace(need, prefill=whole / length - square * length, square=square, step=step)

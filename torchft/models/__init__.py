@@ -148,8 +148,7 @@ def build(name_or_config_json: str | dict[str, Any], *, device: str = "meta") ->
         config = _read(json)
     with torch.device(device):
         model: Decoder = family.build(config)
-    names = family.hub_names(config) if hasattr(family, "hub_names") else family.HUB
-    model.hub_format = HubFormat(names, json)
+    model.hub_format = HubFormat(family.HUB, json)
     return model
 
 
@@ -227,7 +226,7 @@ def architecture(json: dict[str, Any]) -> ModuleType:
             words = {_word(other): other for other in reversed(known)}
             word = _word(name)
             hint = f": it has {REFUSED[name]}" if name in REFUSED else ""
-            near = difflib.get_close_matches(word, words, n=1, cutoff=0.65)  # less is no family's other spelling
+            near = difflib.get_close_matches(word, words, n=1, cutoff=0.61)  # less is no family's other spelling
             hint += f"; the nearest is {words[near[0]]}" if near else ""
     raise UserError(
         f"config.json: architectures is {json.get('architectures')}, which torchft does not train{hint}. "

@@ -156,7 +156,7 @@ def windows_to_hub(c: DecoderConfig) -> dict[str, Any]:
 
 def check_sizes(c: DecoderConfig) -> None:
     """UserError for sizes, each possible, that do not go together."""
-    num_experts, top_k = getattr(c, "num_experts", 0), getattr(c, "top_k", 0)
+    num_experts, top_k = (vars(c).get(name, 0) for name in ("num_experts", "top_k"))  # of families that have some
     if num_experts and top_k > num_experts:
         raise UserError(f"config.json: num_experts_per_tok is {top_k}, but there are {num_experts} experts")
     if c.rope.rotary_dim(c.head_dim) < 2:

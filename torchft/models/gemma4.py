@@ -7,7 +7,7 @@ Weights: https://huggingface.co/google
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torchft.errors import UserError
@@ -76,14 +76,10 @@ CONFIGS = {
     "gemma-4-31B": _large(5376, 60, 32, 16, 21_504, 4),
 }  # fmt: skip
 
-HUB = HubNames(gemma2.HUB.renamed | {r"\.per_layer_norm\b": ".post_per_layer_input_norm"})
-
-
-def hub_names(c: Gemma4Config) -> HubNames:
-    """Layers that read another's keys and values have weights for their own in released files, which nothing uses."""
-    readers = "|".join(str(i) for i in range(c.num_layers) if c.source(i) != i)
-    unused = rf"\.layers\.({readers})\.self_attn\.[kv]_(proj|norm)\."
-    return replace(HUB, ignored=rf"{HUB.ignored}|{unused}") if readers else HUB
+HUB = HubNames(
+    gemma2.HUB.renamed | {r"\.per_layer_norm\b": ".post_per_layer_input_norm"},
+    unread=r"\.self_attn\.[kv]_(proj|norm)\.",  # released files have them all the same
+)
 
 
 def block(c: DecoderConfig, i: int) -> Block:

@@ -25,6 +25,6 @@ def build_shallow(config_json: dict[str, Any], num_layers: int) -> Decoder:
     further = sum(config_json.get(key) or 0 for key in names.predictors)
     rest = "|".join(str(i) for i in range(num_layers, whole + further))
     if rest:
-        names = replace(names, ignored=rf"{names.ignored}|\.layers\.({rest})\.")
+        names = names.ignoring(rf"\.layers\.({rest})\.")
     model.hub_format = replace(model.hub_format, names=names)
     return model

@@ -168,14 +168,15 @@ class Rollouts:
         return rollout_row(episodes, scores, group_size=1, copies=self._world.tokens.tp, prefix="eval_")
 
     def _tell_long(self, episodes: Sequence[Episode]) -> None:
-        """The first prompt that leaves no room for an answer, once; all are counted as ended/too_long."""
-        found = next((episode for episode in episodes if episode.finish == "too_long"), None)
-        if found and not self._told_long:
+        """All ranks: the first prompt that leaves no room for an answer, once; all are counted as ended/too_long."""
+        own = next(((e.prompt.where, len(e.tokens)) for e in episodes if e.finish == "too_long"), None)
+        found = None if self._told_long else next(filter(None, gather(own)), None)
+        if found:
             self._told_long = True
             log.warning(
                 "%s: its %d tokens leave no room for an answer in seq_len %d; such prompts teach nothing, and are "
                 "counted: raise seq_len, or leave them out",
-                found.prompt.where, len(found.tokens), self._engine.max_len,
+                *found, self._engine.max_len,
             )  # fmt: skip
 
     def row(self) -> Row:
@@ -213,16 +214,17 @@ class Rollouts:
             self._tell_long(found)
             return found
 
-        if isinstance(self._engine, Engine):
-            with gathered(self._engine.model):
-                found = answered()
-                if self._world.mesh:  # the next gathered weights lie elsewhere, where no recorded step looks
-                    self._engine.release()
-                return found
-        self._engine.update()
+        if isinstance(self._engine, RemoteEngine):
+            self._engine.update()
         episodes, problem = list[Episode](), None
         try:
-            episodes = answered()
+            if isinstance(self._engine, Engine):
+                with gathered(self._engine.model):
+                    episodes = answered()
+                    if self._world.mesh:  # the next gathered weights lie elsewhere, where no recorded step looks
+                        self._engine.release()
+            else:
+                episodes = answered()
         except UserError as e:  # of one rank, for whom the others would wait
             problem = e
         agree(problem)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchft.files import atomic_write
 from torchft.losses.policy import kl
 from torchft.ranks import gather, is_main
 from torchft.rl.batch import Rows
@@ -114,9 +115,7 @@ def cut_samples(path: Path, *, resume_step: int) -> None:
                 kept.append(line)
         except ValueError:  # a line that a killed process did not finish
             continue
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(b"".join(kept))
-    new.replace(path)
+    atomic_write(path, b"".join(kept))
 
 
 def _number(value: Tensor) -> float | None:

@@ -20,7 +20,8 @@ NEAR = 60  # characters after "answer" in which it is given
 _NUMBER = r"(?>(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)"  # 1,234.5, 1e-3
 _TERM = rf"(?:(?<![\w)\]}}])-)?(?:\({{1,5}}-?)?(?<![\w.]){_NUMBER}\){{0,5}}"  # the "-" of 3-5 is no sign
 _SIZES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
-_RUN = rf"(?<!\^){_TERM}(?: ?[-+*/^\u00d7÷] ?{_TERM}){{0,40}}(?:\s?\\?%| (?:{'|'.join(_SIZES)})\b)?"
+_MIXED = r"(?:(?<![\w.,-])\d{1,3} (?=\d+/\d+(?![\w/])))?"  # the 3 of 3 1/2
+_RUN = rf"(?<!\^){_MIXED}{_TERM}(?: ?[-+*/^\u00d7÷] ?{_TERM}){{0,40}}(?:\s?\\?%| (?:{'|'.join(_SIZES)})\b)?"
 _RELATION = re.compile(r"[<>≤≥≠]|\\(?:[lg]eq?|neq?|[lg]t)(?![a-zA-Z])|^[^=]*\d[a-zA-Z][^=]*=[^=]*$")
 _MATH = re.compile(
     rf"""\$\$(?P<a>.{{1,{LONGEST}}}?)\$\$ | \\\[(?P<b>.{{1,{LONGEST}}}?)\\\] | \\\((?P<c>.{{1,{LONGEST}}}?)\\\)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 LARGEST_POWER = 1000
+LARGEST_CHOICE = 1000  # of how many
 LARGEST_FACTORIAL = 170  # the last that a float holds
 _TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\\?[a-zA-Z]+|.)", re.DOTALL)
 _FUNCTIONS = {
@@ -66,6 +67,12 @@ def number(found: Value) -> complex:
     return found
 
 
+def _whole(n: complex, most: int) -> int:
+    if n.imag or not n.real.is_integer() or not 0 <= n.real <= most:
+        raise ValueError(f"{n} is no whole number up to {most}")
+    return int(n.real)
+
+
 class _Parser:
     def __init__(self, tokens: list[str], letters: dict[str, complex]) -> None:
         self._tokens, self._letters, self._at = list(tokens), letters, 0
@@ -119,10 +126,7 @@ class _Parser:
         base = self._atom()
         if self.next() == "!":
             self._at += 1
-            n = number(base)
-            if n.imag or not n.real.is_integer() or not 0 <= n.real <= LARGEST_FACTORIAL:
-                raise ValueError(f"{n} has no factorial here")
-            base = complex(math.factorial(int(n.real)))
+            base = complex(math.factorial(_whole(number(base), LARGEST_FACTORIAL)))
         return _to_the(number(base), self._exponent()) if self.next() == "^" else base
 
     def _exponent(self) -> complex:
@@ -148,8 +152,8 @@ class _Parser:
             above = self._argument()
             return above / self._argument()
         if token == "\\binom":
-            n, k = self._argument(), self._argument()
-            return complex(math.comb(int(n.real), int(k.real)))
+            n, k = (_whole(self._argument(), LARGEST_CHOICE) for _ in "nk")
+            return complex(math.comb(n, k))
         name = token.removeprefix("\\")
         if name in _FUNCTIONS:
             return self._function(name)

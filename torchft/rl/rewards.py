@@ -65,7 +65,8 @@ def shared_start(*, column: str | None = None) -> Reward:
 
 
 def math_answer(*, column: str | None = None) -> Reward:
-    r"""1 if the attempt's last \boxed{...}, or else its last number, has the value of the data's answer.
+    r"""1 if the attempt's answer (`final_answer`: its last \boxed{...}, or what else it ends in) has the value of the
+    data's.
 
     A failure, not 0, where the data's answer has none.
     """

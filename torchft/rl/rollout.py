@@ -66,12 +66,15 @@ def rollout(
     prompt, which for the first one is ``first``.
 
     An episode ends where its environment says nothing or raises, a turn did not end by itself, or after ``max_turns``.
+    A UserError of an environment, or one in every episode, ends the rollout.
     """
     episodes, failures = [], list[tuple[Episode, Exception]]()
 
     def hear(episode: Episode, say: Callable[[], list[Message]]) -> list[Message]:
         try:
             return say()
+        except UserError:
+            raise
         except Exception as e:  # the user's code may raise anything: this episode ends, and is counted
             episode.finish = "environment_failed"
             failures.append((episode, e))
@@ -103,6 +106,10 @@ def rollout(
         going = [e for e in going if _goes_on(e, hear, tokenizer, max_len=engine.max_len)]
     if failures:
         episode, error = failures[0]
+        if len(failures) == len(episodes):
+            raise UserError(
+                f"rollout.environment: it raised {error!r} for {episode.prompt.where}, and in every episode"
+            )
         log.warning(
             "the environment raised %r for %s, and in %d of %d episodes; they are left out and counted",
             error, episode.prompt.where, len(failures), len(episodes),

@@ -95,7 +95,7 @@ def opened(
     path = _folder(output_dir, checkpoint_dir)
     with _locked(path):
         checkpoint.clean(path)
-        for name in ("run.json", "config.yaml", "metrics.jsonl", "loss.png"):
+        for name in ("run.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png"):
             for orphan in path.glob(f".{name}.*.tmp"):  # of a killed atomic_write
                 orphan.unlink()
         record, changed = _continued(path, config_text, recipe, resume)

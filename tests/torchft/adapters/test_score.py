@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from families import experts
 from oracles import gradients, violations
 from safetensors.torch import load_file
-from tiny import SIZES, random_
+from tiny import SIZES, random_, transformers_model
 
 from torchft import hub, models
 from torchft.adapters.score import apply_score_head, init_score_head
@@ -210,3 +211,19 @@ def test_the_problem_is_written(tmp_path):
     model, _ = scorer(tmp_path / "theirs", problem="multi_label_classification")
     hub.save(model, tmp_path / "ours")
     assert read_json(tmp_path / "ours" / "config.json")["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize("kind", ["per_expert", "stacked"])
+def test_a_mixture_of_experts_gets_a_head_from_either_layout(kind, tmp_path):
+    """And again from what is written, where the head is known."""
+    case = experts.CASES["qwen3_moe"]
+    transformers_model(**case).save_pretrained(tmp_path / "in", save_original_format=kind == "per_expert")
+    ours, absent = scorer(tmp_path / "in")
+    assert absent == {"lm_head.weight"}
+    hub.save(ours, tmp_path / "out")
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert "score.weight" in names and any(".experts.0." in name for name in names) == (kind == "per_expert")
+    theirs, info = transformers.Qwen3MoeForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()) and torch.equal(theirs.score.weight, ours.lm_head.weight)

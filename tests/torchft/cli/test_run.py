@@ -173,7 +173,7 @@ def test_a_distributed_alias_takes_all_visible_devices(library, tune, monkeypatc
     assert calls[2].nproc_per_node == "1"
 
 
-GOES_ON = "the same command goes on from the newest checkpoint"
+GOES_ON = "if it has saved a checkpoint, the same command goes on from there"
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,7 @@ def test_files_that_are_not_there_are_named_all_at_once(tune):
     assert (code, out) == (2, "")
     assert "2 problems" in err and "nope.jsonl does not exist" in err and "gone.jsonl does not exist" in err
     assert tune("validate", "--config", "demo/lora", "dataset.source=some-org/on-the-hub")[0] == 0  # nobody is asked
+    code, _, err = tune("validate", "--config", "demo/lora", "dataset.source=[gone.jsonl, lost.jsonl]")
+    assert code == 2 and "gone.jsonl does not exist" in err and "lost.jsonl does not exist" in err
+    foreign = "dataset={_component_: my_pkg.rows, source: a/word.of/theirs.jsonl}"
+    assert tune("validate", "--config", "demo/lora", "--trust", "my_pkg", foreign)[0] == 0

@@ -103,6 +103,11 @@ def test_tools_reach_the_template(tmp_path, tools):
     assert len({shown(s) for s in plain}) == 1
 
 
+def test_tools_that_are_none_are_a_rows_problem(tmp_path):
+    problem = refused(chat, tmp_path, [turns("Hi", "Yo") | {"tools": [{"function": "f"}]}])
+    assert "d.jsonl:1: 'tools' must be a list of objects that describe functions" in problem
+
+
 def test_instruct_without_chat_template(tmp_path):
     rows = [{"instruction": "Add", "input": "1", "output": "2"}, {"instruction": "Add", "input": None, "output": "2"}]
     samples = build(instruct, tmp_path, rows, has_chat=False)
@@ -145,7 +150,7 @@ def test_chat_without_chat_template_is_refused(tmp_path):
 def test_d4_missing_column_names_file_line_and_a_column_map(tmp_path):
     rows = [{"question": "Hi", "answer": "Yo"}] * 3
     message = refused(chat, tmp_path, rows)
-    assert message.startswith(f"{tmp_path}/d.jsonl:1: no column 'messages' of a conversation, and no column 'instruction', 'output'")
+    assert message.startswith(f"{tmp_path}/d.jsonl:1: no column 'messages' of a conversation, and no column 'instruct")
     assert "Try column_map: {instruction: question, output: answer}" in message
     assert "no column 'text'; the columns are ['question', 'answer']" in refused(completion, tmp_path, rows)
     assert "no column 'text'" in refused(completion, tmp_path, [{"text": "a"}, {"txt": "b"}])

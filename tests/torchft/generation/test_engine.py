@@ -14,6 +14,8 @@ from torchft import models
 from torchft.adapters.lora import LoRAConfig, apply_lora, init_adapters, lora_layers
 from torchft.generation import prefill
 from torchft.generation.engine import Engine
+from torchft.generation.loaded import warm_up
+from torchft.generation.prefill import compiled_passes
 from torchft.generation.requests import Request
 from torchft.generation.sampling import Sampling
 from torchft.losses.likelihood import token_logps
@@ -231,6 +233,7 @@ def test_compiled_steps_find_the_same(monkeypatch):
 def test_full_prefills_are_compiled_by_their_shape(monkeypatch):
     """And by nothing else: whatever came before, the same prompts are computed alike."""
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(prefill, "COMPILED_LENGTH", 16)
     monkeypatch.setattr(masks, "_kernel", lambda *_: "flash")
     model, counts = decoder().eval(), []
     short = [PROMPTS[i] for i in (0, 2, 5, 6)]  # rows of 16 tokens, with padding
@@ -246,6 +249,28 @@ def test_full_prefills_are_compiled_by_their_shape(monkeypatch):
             counts.append(compiled().graphs - before)
     # A step has three; one more is four prompts together's; a single one of 64 tokens, as full as it is, has none.
     assert counts == [3, 4, 4, 4]
+
+
+def test_all_lengths_of_all_kinds_of_layers_have_room_for_their_graphs(tmp_path, monkeypatch):
+    """The compiler gives up, and the run with it, at so many graphs of a class of blocks."""
+    transformers_model(**CASES["gemma4_e2b"]).save_pretrained(tmp_path)
+    ours = models.load(tmp_path, dtype=torch.float32)
+    torch.compiler.reset()
+    runs, before = engine(ours, num_slots=64, max_len=4096, stop_ids=(), compile="eager"), compiled().graphs
+    shapes = compiled_passes(num_slots=64, max_len=4096)
+    assert [(len(prompts), len(prompts[0])) for prompts in shapes] == [
+        (64, 127),
+        (32, 255),
+        (16, 511),
+        (8, 1023),
+        (4, 2047),
+    ]
+    warm_up(runs)
+    num_graphs = compiled().graphs
+    assert num_graphs - before > 5 * len({type(layer) for layer in ours.layers})
+    for length in (128, 2048):  # as a burst of requests does
+        runs.complete(requests([[i + 1, *[9] * (length - 2)] for i in range(8192 // length)], max_new_tokens=2))
+    assert compiled().graphs == num_graphs
 
 
 @pytest.mark.parametrize("trains_compiled", [False, True])
@@ -328,6 +353,7 @@ def test_no_more_steps_than_the_last_answer_needs(model, new, steps, monkeypatch
 def test_the_step_of_every_family_is_one_graph(case, tmp_path, monkeypatch):
     """Nothing in it, nor in a full prefill, makes the compiler give up, and layers of a kind share theirs."""
     monkeypatch.setattr(prefill, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(prefill, "COMPILED_LENGTH", 16)
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     theirs = transformers_model(**CASES[case])
     theirs.save_pretrained(tmp_path)
@@ -358,6 +384,7 @@ def test_compiled_steps_on_a_gpu(num_slots, monkeypatch):
     """And full prefills. A single slot has products of its own. In fp32 the same tokens; in bf16 log-probabilities as
     training finds them."""
     monkeypatch.setattr(prefill, "COMPILED_ROWS", 1)
+    monkeypatch.setattr(prefill, "COMPILED_LENGTH", 16)
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     model = decoder().eval().to("cuda")
     asked = requests(PROMPTS[:4], top_p=0.9)

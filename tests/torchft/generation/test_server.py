@@ -126,6 +126,9 @@ def test_plain_completions_models_and_health(client, url):
         ({"messages": []}, "no messages"),
         ({"messages": [{"role": "user", "content": "a" * 500}]}, "the prompt has 5.. tokens; between 1 and 127 fit"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "unknown role 'wizard'"),
+        ({"extra_body": {"min_tokens": 5}}, "'min_tokens' is not available.*leave it out"),
+        ({"extra_body": {"guided_json": {}}}, "'guided_json' is not available.*leave it out"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls is not available"),
     ],
 )
 def test_bad_requests_are_named(client, options, message):

@@ -186,6 +186,14 @@ def test_numbers_that_do_not_go_together(family, changes, message):
         models.build(FIRST[family] | changes)
 
 
+def test_a_factor_of_one_is_the_same_to_all():
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    plain, one = (
+        models.build(FIRST["qwen3"] | {"rope_scaling": s}).config for s in (yarn, yarn | {"attn_factor": 1.0})
+    )
+    assert plain == one
+
+
 def test_a_growth_of_nothing():
     """Devstral 2 is a Ministral 3 whose queries do not grow."""
     json = FIRST["ministral3"]

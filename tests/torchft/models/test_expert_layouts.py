@@ -8,6 +8,7 @@ from tiny import transformers_model
 
 from torchft import hub, models
 from torchft.errors import UserError
+from torchft.models.shallow import build_shallow
 from torchft.weights import WeightFiles
 
 NAMES = ("deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next")
@@ -42,6 +43,21 @@ def test_each_layout_is_written_as_it_was_read(case, tmp_path):
         assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
         _, info = type(theirs).from_pretrained(tmp_path / f"{kind}_again", output_loading_info=True)
         assert not any(info.values())
+
+
+@each_family
+@pytest.mark.parametrize("kind", ["per_expert", "stacked"])
+def test_students_of_the_first_blocks_begin_from_both(case, kind, tmp_path):
+    folder = tmp_path / kind
+    transformers_model(**case).save_pretrained(folder, save_original_format=kind == "per_expert")
+    whole, student = models.load(folder, dtype=torch.float32), build_shallow(models.config_json(folder), 1)
+    student = student.to(torch.float32).to_empty(device="cpu")
+    hub.load_weights(student, folder)
+    own = dict(whole.named_parameters())
+    assert all(torch.equal(p, own[name]) for name, p in student.named_parameters())
+    hub.save(student, tmp_path / "student")
+    again = models.load(tmp_path / "student", dtype=torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), again.parameters(), strict=True))
 
 
 @each_family

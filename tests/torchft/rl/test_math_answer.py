@@ -117,3 +117,16 @@ def test_evaluate():
     for broken in ("", "1/0", "x+1", "(1,2)", "1 2", "200!", "sqrt(-1)", "import os", "9^9^9^9"):
         with pytest.raises(ValueError):
             evaluate(broken)
+
+
+def test_a_mixed_number_in_a_sentence():
+    assert final_answer("he has 3 1/2 apples") == "3 1/2" and is_equal("3 1/2", "3.5") and not is_equal("3 1/2", "1.5")
+    assert final_answer("in 2024 1/2 of them") == "1/2"  # a year is no part of it
+
+
+def test_choices_are_of_whole_numbers_and_bounded():
+    assert is_equal(r"\binom{5}{2}", "10") and not is_equal(r"\binom{2.7}{1.2}", "2")
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="no whole number up to 1000"):
+        evaluate(r"\binom{100000000}{50000000}")
+    assert time.monotonic() - began < 1

@@ -8,6 +8,7 @@ import torch
 from torchft import shipped
 from torchft.config import Component
 from torchft.data.prompts import Prompt
+from torchft.errors import UserError
 from torchft.generation.loaded import engine, load
 from torchft.generation.requests import Completion
 from torchft.generation.sampling import Sampling
@@ -176,6 +177,20 @@ def test_an_environment_that_raises_ends_its_own_episode(demo, caplog):
     scores = scorer.score([e.attempt for e in found])
     assert scores.total.isnan().tolist() == [True, True, False] and scores.num_failed == {"length": 0}
     assert countable(found, scores.total, skip_truncated=False) == [False, False, True]
+
+
+@pytest.mark.parametrize("error", [UserError("no such table"), KeyError("a")])
+def test_an_environment_that_can_never_work_ends_the_run(demo, error):
+    """The user's own word at once; another error where no episode was without it."""
+
+    class Broken(Calculator):
+        def reset(self, prompt):
+            raise error
+
+    how = {"sampling": Sampling(), "group_size": 2, "seed": 0, "environment": lambda: Broken("tool"), "max_turns": 2}
+    match = "no such table" if isinstance(error, UserError) else r"raised KeyError\('a'\) for b, and in every episode"
+    with pytest.raises(UserError, match=match):
+        rollout(Scripted(demo[1]), demo[1], [prompt("b")], **how)
 
 
 def test_episodes_end(demo):

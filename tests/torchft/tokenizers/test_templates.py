@@ -6,7 +6,7 @@ import pytest
 from conversations import PLAIN, TOOL_USE, TOOLS, assistant, call, system, user
 from vocabularies import TEMPLATES, hub, template, write
 
-from torchft.data.messages import system_in_question
+from torchft.data.encoders import system_in_question
 from torchft.errors import UserError
 from torchft.tokenizers import load
 from torchft.tokenizers.jinja import END, GUARD, START
