@@ -39,7 +39,8 @@ def run_ranks(function, size, *args, timeout_s=240, grace_s=0, env=None):
                     rank, ok, value = results.get(timeout=1)
                 except queue.Empty:
                     dead = [r for r, p in enumerate(ranks) if r not in found and p.exitcode not in (None, 0)]
-                    what = [f"rank {r} ended: exit code {ranks[r].exitcode}\n{_stacks(ranks[r].pid)}" for r in dead]
+                    codes = [f"rank {r} ended with exit code {ranks[r].exitcode}" for r in dead]
+                    what = [f"{code}\n{_stacks(ranks[r].pid)}" for code, r in zip(codes, dead)]
                     assert not dead, "\n".join(what)
                     late = set(range(size)) - set(found)
                     assert time.monotonic() < deadline, f"ranks {late} did not end in {timeout_s} s"

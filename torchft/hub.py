@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchft.dequantise import open_weights
 from torchft.errors import UserError
 from torchft.files import new_folder, read_json
-from torchft.hub_check import check_names
+from torchft.hub_check import check_names, predictor_tensors
 from torchft.hub_names import HubNames, Piece, pieces
 from torchft.ranks import Region, from_main, is_main, local, region, whole
 from torchft.staging import Staging
@@ -44,12 +44,15 @@ def load_weights(model: nn.Module, folder: Path, *, check_finite: bool = True) -
     cast, quantise, look for NaN and infinity. Raises UserError with every missing, unexpected or misshapen tensor
     before anything is copied, and with the names of tensors that are not finite.
 
-    Experts that are stacked in ``folder`` will be written so, too.
+    What is written later is laid out as ``folder`` is, and counts no layers that were left out.
     """
     files, params, hub = open_weights(folder), base_parameters(model), hub_format(model)
-    if _layout(files, hub.names) is hub.names.stacked:
-        model.hub_format = replace(hub, names=hub.names.stacked)  # type: ignore[assignment]  # no parameter or module
     plan = places(model, files)
+    names, config = hub.names, hub.config_json
+    if predictor_tensors(files, params, names):
+        config = config | {key: 0 for key in names.predictors if key in config}
+    names = names.stacked if names.stacked and _layout(files, names) is names.stacked else names
+    model.hub_format = HubFormat(names, config)  # type: ignore[assignment]  # no parameter or module
     staging = Staging(params[next(iter(plan))].device)
     finite: dict[str, Tensor] = {}
     for name, parts in plan.items():
@@ -194,7 +197,6 @@ def save(
     with new_folder(folder) as new:
         write_shards(new, sizes, stored, shard_bytes=shard_bytes)
         config = {k: v for k, v in hub.config_json.items() if k not in ("torch_dtype", "dtype")}
-        config |= {key: 0 for key in names.predictors if key in config}
         config["torch_dtype" if "torch_dtype" in hub.config_json else "dtype"] = str(stored_dtype).removeprefix(
             "torch."
         )

@@ -1,7 +1,7 @@
 """Whether a Hub folder holds what a model needs, all of it told before anything is copied."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,7 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
     have = {n for n in files.names() if n in want or not re.search(names.ignored, n)}
     readers = {_layer(n) for n in want if ".q_proj." in n} - {_layer(n) for n in want if ".k_proj." in n}
     have -= {n for n in have - set(want) if re.search(names.unread, n) and _layer(n) in readers}
-    if names.predictor:
-        layers = [int(m[1]) for name in plan if (m := re.match(r"layers\.(\d+)\.", name))]
-        further = f"model.layers.{max(layers, default=-1) + 1}."
-        if any(name.startswith(further + names.predictor) for name in have):
-            have = {name for name in have if not name.startswith(further)}
+    have -= predictor_tensors(files, plan, names)
     problems, tied = list[str](), list[str]()
     if "lm_head.weight" in have - set(want):
         problems += (tied := _tied_head(files, "lm_head.weight", want))
@@ -42,6 +38,16 @@ def check_names(files: WeightFiles, plan: Mapping[str, list[Piece]], names: HubN
         if problems != tied:
             shown[-1] += ". config.json and the weights are of different models, or damaged: download the folder again"
         raise UserError(*shown)
+
+
+def predictor_tensors(files: WeightFiles, ours: Iterable[str], names: HubNames) -> set[str]:
+    """Tensors of layers that predict further tokens, behind a model with the parameters ``ours``."""
+    if names.predictor is None:
+        return set()
+    layers = [int(m[1]) for name in ours if (m := re.match(r"layers\.(\d+)\.", name))]
+    prefix = names.predictor[0].format(num_layers=max(layers, default=-1) + 1)
+    found = {name for name in files.names() if name.startswith(prefix)}
+    return found if any(name.startswith(prefix + names.predictor[1]) for name in found) else set()
 
 
 def _layer(name: str) -> str | None:

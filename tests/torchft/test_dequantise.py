@@ -146,11 +146,12 @@ def test_what_is_written_counts_no_layers_that_are_left_out(tmp_path):
     """Nor does a student of the first blocks have the teacher's."""
     transformers_model(**experts.GLM4_MOE).save_pretrained(tmp_path / "in")
     rewrite(tmp_path / "in", lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}))
-    edit_config(tmp_path / "in", num_nextn_predict_layers=1)
+    edit_config(tmp_path / "in", num_nextn_predict_layers=1)  # as transformers writes it where there are none, too
     hub.save(models.load(tmp_path / "in"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     student = build_shallow(models.config_json(tmp_path / "in"), 2).to_empty(device="cpu")
     hub.load_weights(student, tmp_path / "in")
+    assert student.hub_format.config_json["num_nextn_predict_layers"] == 0
     whole = models.load(tmp_path / "in")
     assert torch.equal(student.layers[1].self_attn.q_proj.weight.bfloat16(), whole.layers[1].self_attn.q_proj.weight)
 

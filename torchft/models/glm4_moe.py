@@ -71,7 +71,7 @@ RENAMED = llama3.HUB.renamed | {
 }
 _EITHER: dict[str, Any] = {
     "keeps_dtype": r"\.correction$",
-    "predictor": "eh_proj.",
+    "predictor": ("model.layers.{num_layers}.", "eh_proj."),
     "predictors": ("num_nextn_predict_layers", "num_mtp_layers"),
 }
 HUB = HubNames(

@@ -57,10 +57,7 @@ RENAMED = llama3.HUB.renamed | {
     r"\.shared_gate\b": ".shared_expert_gate",
     r"\.shared\b": ".shared_expert",
 }
-FURTHER: dict[str, Any] = {  # mtp: layers that predict further tokens, for faster decoding
-    "ignored": r"\.rotary_emb\.inv_freq$|^mtp\.",
-    "predictors": ("mtp_num_hidden_layers",),
-}
+FURTHER: dict[str, Any] = {"predictor": ("mtp.", ""), "predictors": ("mtp_num_hidden_layers",)}
 HUB = HubNames(
     RENAMED,
     per_expert=r"\.experts\b",

@@ -1,9 +1,9 @@
 """A checkpoint's first blocks as a model of their own: where a smaller student starts."""
 
-from dataclasses import replace
 from typing import Any
 
 from torchft.errors import UserError
+from torchft.hub import HubFormat
 from torchft.models import build
 from torchft.modules.decoder import Decoder
 
@@ -23,8 +23,10 @@ def build_shallow(config_json: dict[str, Any], num_layers: int) -> Decoder:
     model = build(config_json | lists | counts | places | {"num_hidden_layers": num_layers})
     names = model.hub_format.names
     further = sum(config_json.get(key) or 0 for key in names.predictors)
+    json = model.hub_format.config_json
+    json = json | {key: 0 for key in names.predictors if key in json}
     rest = "|".join(str(i) for i in range(num_layers, whole + further))
     if rest:
         names = names.ignoring(rf"\.layers\.({rest})\.")
-    model.hub_format = replace(model.hub_format, names=names)
+    model.hub_format = HubFormat(names, json)
     return model
