@@ -26,9 +26,9 @@ class HubNames:
     keeps_dtype: str | None = None  # regex on our names of parameters that are stored as they are, whatever the rest
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of Hub tensors to leave out
     unread: str = r"(?!)"  # regex of Hub tensors to leave out of layers that read another's keys and values
-    # Layers that predict further tokens, for faster decoding, are left out: how the names of their tensors begin, at the
-    # first layer behind the last one where "{num_layers}" stands; how one of them goes on; and the fields of config.json
-    # that count them.
+    # Layers that predict further tokens, for faster decoding, are left out: how the names of their tensors begin, at
+    # the first layer behind the last one where "{num_layers}" stands; how one of them goes on; and the fields of
+    # config.json that count them.
     predictor: tuple[str, str] | None = None
     predictors: tuple[str, ...] = ()
     fresh: str | None = None  # regex on our names of parameters that a checkpoint need not hold yet: a new head
