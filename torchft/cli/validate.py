@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     config = load(
         vars(module)["Config"], recipe=recipe, file=file, overrides=given.words[has_name:], import_trusted=False
     )
-    components = sorted({component.name for component in _components(config)})
+    components = sorted({node.name for node in _nodes(config) if isinstance(node, Component)})
     foreign = [component for component in components if registry.is_trusted(component)]
     checked = [component for component in components if component not in foreign]
     problems: list[str] = []
@@ -53,31 +53,25 @@ def main(arguments: list[str]) -> None:
     print(f"{given.config} is valid for {recipe}; {len(fields(config))} keys; {what}{unchecked}")
 
 
-def _sources(value: Any) -> Iterator[Source]:
+def _sources(config: Any) -> Iterator[Source]:
     """What the config says to read: local files should be there before anything is loaded."""
-    for fields_of in _mappings(value):
-        path, split = fields_of.get("source"), fields_of.get("split", "train")
+    for node in _nodes(config, foreign=False):
+        found = node if isinstance(node, dict) else {}
+        path, split = found.get("source"), found.get("split", "train")
         for one in path if isinstance(path, list) else [path]:
             if isinstance(one, str | Path) and isinstance(split, str):
                 yield Source(path=capped(str(one), None)[0], split=split)
 
 
-def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+def _nodes(value: Any, *, foreign: bool = True) -> Iterator[Component | dict[str, Any]]:
+    """The components of a config and all that has named parts. ``foreign``: in what the user's own code is given, too,
+    whose words may mean anything."""
     if isinstance(value, Component):
-        value = {} if registry.is_trusted(value.name) else value.args  # whose words may mean anything
+        yield value
+        value = value.args if foreign or not registry.is_trusted(value.name) else {}
     elif is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, dict):
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _mappings(item)
-
-
-def _components(value: Any) -> Iterator[Component]:
-    if isinstance(value, Component):
-        yield value
-        value = value.args
-    elif is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _components(item)
+        yield from _nodes(item, foreign=foreign)

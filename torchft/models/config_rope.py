@@ -131,13 +131,11 @@ def _yarn(json: Json, own: Json, plain: Json) -> Rope:
     if all([own.get("mscale"), own.get("mscale_all_dim")]):  # both are read
         scale, of_all = (yarn_scale(factor, field(own, key, float)) for key in ("mscale", "mscale_all_dim"))
         scale /= of_all
-    if (weight := own.get("attn_factor", 1)) != 1:
+    if (weight := field(own, "attn_factor", float, default=1.0)) != 1:
         raise UserError(
             f"config.json: the RoPE's attn_factor is {weight!r}, which transformers does not read and vLLM multiplies "
             f"by {scale:.6g}. In its place write what you want: attention_factor: {scale:.6g}, as transformers "
             f"computes it, or {scale * weight:.6g}, as vLLM does"
-            if isinstance(weight, int | float)
-            else f"config.json: the RoPE's attn_factor is {weight!r}, expected a number"
         )
     return YarnRope(
         **plain,

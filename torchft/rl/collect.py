@@ -200,7 +200,7 @@ class Rollouts:
         environment = self._config.environment
 
         def answered() -> list[Episode]:
-            found = rollout(
+            return rollout(
                 self._engine,
                 self._tokenizer,
                 prompts,
@@ -211,8 +211,6 @@ class Rollouts:
                 environment=environment.build if environment else None,
                 max_turns=self._config.max_turns,
             )
-            self._tell_long(found)
-            return found
 
         if isinstance(self._engine, RemoteEngine):
             self._engine.update()
@@ -228,4 +226,5 @@ class Rollouts:
         except UserError as e:  # of one rank, for whom the others would wait
             problem = e
         agree(problem)
+        self._tell_long(episodes)
         return episodes

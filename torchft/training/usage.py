@@ -18,13 +18,14 @@ def commands(
 ) -> dict[str, list[str]]:
     """What one does -> argument list, for an exported Hub folder and for an adapter of ``base``; None: not exported."""
     found: dict[str, list[str]] = {}
+    asked = ["--", question] if question.startswith("-") else [question]
     if model:
-        found["ask the model"] = ["tune", "generate", str(model), question]
+        found["ask the model"] = ["tune", "generate", str(model), *asked]
         code = CHAT.format(model=_quoted(str(model)), question=_quoted(question))
         found["the same with transformers (pip install transformers)"] = ["python", "-c", code]
         found["serve it: tune serve, or vLLM (pip install vllm)"] = ["vllm", "serve", str(model)]
     if adapter:
-        found["ask base and adapter"] = ["tune", "generate", str(base), "--adapter", str(adapter), question]
+        found["ask base and adapter"] = ["tune", "generate", str(base), "--adapter", str(adapter), *asked]
         code = CHAT_ADAPTER.format(model=_quoted(str(adapter)), question=_quoted(question))
         served = f"{adapter.parent.parent.name}={adapter}"
         found["the same with PEFT (pip install peft transformers)"] = ["python", "-c", code]

@@ -1,10 +1,12 @@
 """A step's episodes, for one process and for ranks that share the work in every way."""
 
+import os
+
 import pytest
 import torch
 from processes import run_ranks
 
-from torchft import shipped
+from torchft import registry, shipped
 from torchft.config import Component
 from torchft.data.prompts import Prompt
 from torchft.errors import UserError
@@ -12,6 +14,7 @@ from torchft.generation.loaded import load
 from torchft.generation.sampling import Sampling
 from torchft.rl.collect import RolloutConfig, Rollouts
 from torchft.rl.curves import rollout_row
+from torchft.rl.environments import Calculator
 from torchft.rl.scoring import RewardConfig
 from torchft.training.distributed import ParallelConfig, World, init
 
@@ -77,3 +80,24 @@ def refused():
         except UserError as e:
             return str(e)
     return ""
+
+
+def without_a_table():
+    if os.environ["RANK"] == "1":
+        raise UserError("no such table: calls.csv")
+    return Calculator("tool")
+
+
+def ended_with():
+    registry.add(without_a_table, kind="environment")
+    with init(ParallelConfig(), device="cpu") as world:
+        try:
+            steps(world, environment=Component(f"{without_a_table.__module__}.without_a_table", {}), max_turns=2)
+        except UserError as e:
+            return str(e)
+
+
+def test_one_ranks_environment_ends_all():
+    """None waits for a rank that has given up, nor takes its word for another."""
+    found = run_ranks(ended_with, 2, timeout_s=60)
+    assert all("no such table: calls.csv" in str(problem) for problem in found), found

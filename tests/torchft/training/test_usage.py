@@ -32,3 +32,4 @@ def test_only_what_was_exported():
 def test_what_needs_nothing_else_comes_first():
     purpose, arguments = next(iter(commands(model=FOLDER, question="x").items()))
     assert (purpose, arguments) == ("ask the model", ["tune", "generate", str(FOLDER), "x"])
+    assert commands(model=FOLDER, question="-3 + 5?")["ask the model"][3:] == ["--", "-3 + 5?"]  # no option
