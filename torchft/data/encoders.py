@@ -5,16 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torchft.data.messages import (
-    Message,
-    RowError,
-    Values,
-    fill,
-    is_null,
-    text,
-    with_system,
-    without_empty,
-)
+from torchft.data.messages import Message, RowError, Values, fill, is_null, text, with_system, without_empty
 from torchft.data.samples import CONTROL_TEXT, Encoded, Notes
 from torchft.errors import UserError
 from torchft.tokenizers.chat import Rendered

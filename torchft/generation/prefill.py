@@ -92,24 +92,28 @@ def passes(prompts: Iterable[Prompt], *, max_len: int) -> Iterator[tuple[int, li
         most = max(1, PREFILL_TOKENS // length)
         for i in range(0, len(alike), most):
             rows = alike[i : i + most]
-            yield length, rows, len(rows) == most >= COMPILED_ROWS and length >= COMPILED_LENGTH
+            yield length, rows, len(rows) == most and _is_compiled(length)
 
 
 def compiled_passes(*, num_slots: int, max_len: int) -> list[list[Prompt]]:
     """Prompts of zeros, but for what tells them apart, for each shape that an engine would compile."""
-    lengths = {power_of_two(1 << i, most=max_len) for i in range(max_len.bit_length() + 1)}
-    found = []
-    for length in sorted(lengths):
-        most = max(1, PREFILL_TOKENS // length)
-        prompts = [tuple(int(j == i) for j in range(length - 1)) for i in range(most)]
-        if most <= num_slots and [is_compiled for _, _, is_compiled in passes(prompts, max_len=max_len)] == [True]:
-            found.append(prompts)
-    return found
+    lengths = sorted({power_of_two(1 << i, most=max_len) for i in range(max_len.bit_length() + 1)})
+    sizes = {length: PREFILL_TOKENS // length for length in lengths if _is_compiled(length)}
+    return [
+        [tuple(int(i == row) for i in range(length - 1)) for row in range(rows)]
+        for length, rows in sizes.items()
+        if rows <= num_slots
+    ]
 
 
 def power_of_two(n: int, *, most: int) -> int:
     """The next power of two, or ``most``: few shapes, so few graphs."""
     return min(1 << (n - 1).bit_length(), most)
+
+
+def _is_compiled(length: int) -> bool:
+    """Whether a pass is that has as many rows of ``length`` as they come."""
+    return length >= COMPILED_LENGTH and PREFILL_TOKENS // length >= COMPILED_ROWS
 
 
 def _flat(cache: KVCache) -> Iterator[tuple[Name, Tensor]]:
