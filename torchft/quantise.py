@@ -184,7 +184,9 @@ def _encoded(
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
     holder = nn.ModuleDict({"layer": layer})
-    quantize_(holder, torchao_config(how.format, group_size=how.group_size, search_scales=how.search_scales))
+    config = torchao_config(how.format, group_size=how.group_size, search_scales=how.search_scales)
+    config.set_inductor_config = False  # else torchao changes how all else in this process is compiled and multiplied
+    quantize_(holder, config)
     quantised: Tensor = holder.state_dict()["layer.weight"]
     assert type(quantised) is not Tensor, "torchao leaves a weight that does not fit as it is; `unfit` names it"
     parts, about = flatten_tensor_state_dict({NAME: packed_int4(quantised, inputs) if how.packed else quantised})

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch._inductor.config
 from families import dense, experts
 from oracles import violations
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,18 @@ def test_a_head_is_quantised_if_it_is_named(tmp_path):
     assert type(theirs.lm_head.weight).__name__ == "Int8Tensor"
     ours = models.load(tmp_path / "q", dtype=torch.float32)
     assert violations({"logits": (ours(tokens()), theirs(tokens()).logits)}) == {}
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_weight", pytest.param("fp8", marks=pytest.mark.gpu)])
+def test_nothing_else_in_the_process_is_computed_differently_then(tmp_path, format):
+    """torchao would set how fp32 is multiplied, and how the compiler tunes: a run that saves would go on otherwise."""
+    checkpoint(tmp_path / "source")
+    device = torch.device("cuda" if format == "fp8" else "cpu")
+    how = {"device": device, "dtype": torch.bfloat16}
+    before = torch.get_float32_matmul_precision(), torch._inductor.config.save_config_portable()
+    (tmp_path / "q").mkdir()
+    quantise_folder(tmp_path / "source", tmp_path / "q", Quantisation(format=format), **how)
+    assert (torch.get_float32_matmul_precision(), torch._inductor.config.save_config_portable()) == before
 
 
 @pytest.mark.parametrize("format", ["int4", "nf4"])

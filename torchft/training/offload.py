@@ -29,12 +29,12 @@ class Offload:
     it. With a ``share`` below 1 some tensors of every block stay, without a copy, so that the bus need not be faster
     than it must on average. Host memory is allocated as the first step needs it, and used again by every other.
 
-    Nothing is offloaded that is under 2 MB, or shares memory with a parameter or a buffer. Memory that is kept twice is
-    copied once.
+    Nothing is offloaded that is under 2 MB or ``smallest`` bytes, or shares memory with a parameter or a buffer.
+    Memory that is kept twice is copied once.
     """
 
-    def __init__(self, model: nn.Module, *, window: int, share: float = 1.0) -> None:
-        self.model, self.window, self.share = model, window, share
+    def __init__(self, model: nn.Module, *, window: int, share: float = 1.0, smallest: int = 0) -> None:
+        self.model, self.window, self.share, self.smallest = model, window, share, max(SMALL, smallest)
         self.pool = _Pool()
         self.kept = self.offloaded = 0  # bytes of the last forward
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -46,8 +46,9 @@ class Offload:
         self._in: torch.cuda.Stream | None = None
 
     def __enter__(self) -> "Offload":
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        self._weights = {s.data_ptr() for t in tensors for s in _storages(t)}
+        if not self._weights:  # once, for that takes a millisecond in which the device waits
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            self._weights = {s.data_ptr() for t in tensors for s in _storages(t)}
         self._forget()
         self.kept = self.offloaded = 0
         self._hooks.__enter__()
@@ -60,7 +61,7 @@ class Offload:
         if is_traceable_wrapper_subclass(t) or t.device.type == "meta":
             return t
         storage = t.untyped_storage()
-        if t.nbytes < SMALL or storage.data_ptr() in self._weights:
+        if t.nbytes < self.smallest or storage.data_ptr() in self._weights:
             return t
         kept = self._by_address.get(storage.data_ptr())
         if kept is None or kept.origin.expired() or kept.version != t._version:

@@ -214,7 +214,9 @@ def apply_plan(model: Decoder, plan: Plan) -> None:
     """Set ``model`` to run as ``plan`` says; compiles its blocks anew if the compiler's budget changes."""
     model.recompute = plan.share
     window = round(2 * plan.offload * plan.block_bytes)
-    model.activations = Offload(model, window=window, share=plan.offload) if plan.offload else nullcontext()
+    smallest = plan.block_bytes // 64  # a copy costs the host a tenth of a millisecond, however little it is
+    away = Offload(model, window=window, share=plan.offload, smallest=smallest) if plan.offload else nullcontext()
+    model.activations = away
     if plan.budget is not None:
         compile_blocks(model, budget=plan.budget)
     model.replay = Replay(model) if plan.replays else None

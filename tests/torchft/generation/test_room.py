@@ -106,3 +106,23 @@ def test_peaks_are_measured_where_the_device_tells_them(model, monkeypatch):
 def test_what_is_free_is_told_here():
     free = room.free_memory(torch.device("cpu"))
     assert (free is None) != Path("/proc/meminfo").exists() and (free is None or free > 2**20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama3.3_mqa", "gemma2", "gemma4_e2b", "qwen3_next", "deepseek_v3"])
+def test_slots_as_long_as_is_said_can_be_filled_on_a_gpu(family, tmp_path, monkeypatch):
+    """Prompts and answers fill every slot in no more memory than is free, nor far less."""
+    transformers_model(**CASES[family] | {"max_position_embeddings": 1_000_000}).save_pretrained(tmp_path)
+    model = models.load(tmp_path, dtype=torch.bfloat16).to("cuda").eval()
+    monkeypatch.setattr(room, "free_memory", lambda device: 1 << 30)
+    length, need = longest_slots(model, num_slots=3, asked=None)
+    assert length < 1_000_000 and need.total(3, length) <= room.SHARE["cuda"] * 2**30 < need.total(3, length + 256)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(5, 100, (3, length - 6), generator=generator).tolist()
+    requests = [Request(prompt=p, sampling=Sampling(max_new_tokens=6, top_p=0.9)) for p in prompts]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    answers = Engine(model, num_slots=3, max_len=length, stop_ids=()).complete(requests)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert [len(a.tokens) for a in answers] == [6, 6, 6]
+    assert 0.4 * 2**30 < taken <= 2**30, (length, need)

@@ -175,6 +175,13 @@ def test_small_tensors_stay(monkeypatch):
     away = Offload(net, window=0)
     run(net, x, away)
     assert away.offloaded == 0 and away.pool.nbytes == 0
+    monkeypatch.setattr(offload, "SMALL", 0)
+    sizes = []
+    for smallest in (0, 64 * 32 * 4, 64 * 32 * 4 + 1):
+        away = Offload(net, window=0, smallest=smallest)
+        run(net, x, away)
+        sizes.append(away.offloaded)
+    assert sizes[0] == sizes[1] > sizes[2] == 0
 
 
 def test_a_tensor_changed_after_it_was_kept_is_kept_again(small):
