@@ -7,6 +7,7 @@ Works on any block, compiled or not, at any memory budget, because it acts on th
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from types import TracebackType
 from weakref import WeakValueDictionary, ref
 
@@ -46,8 +47,9 @@ class Offload:
         self._in: torch.cuda.Stream | None = None
 
     def __enter__(self) -> "Offload":
-        if not self._weights:  # once, for that takes a millisecond in which the device waits
-            tensors = (*self.model.parameters(), *self.model.buffers())
+        first = [s for t in islice(self.model.parameters(), 1) for s in _storages(t)]
+        if not all(s.data_ptr() in self._weights for s in first):  # they have moved, or it is the first time
+            tensors = (*self.model.parameters(), *self.model.buffers())  # a millisecond in which the device waits
             self._weights = {s.data_ptr() for t in tensors for s in _storages(t)}
         self._forget()
         self.kept = self.offloaded = 0
