@@ -37,35 +37,33 @@ def continuous(model: Any, prompts: list[list[int]], *, new: int, temperature: f
 def tokens_per_second(
     config_json: dict[str, Any], prompts: list[list[int]], *, new: int, temperature: float, device: torch.device
 ) -> dict[str, float]:
-    """Of each peer: all new tokens over the time of a call, the shorter of two. Prefill is in it, as in ours.
+    """Of each peer: all new tokens over the time of a call, the second of two. Prefill is in it, as in ours.
 
-    ``..._decode``: of its decoding alone, the time of a call for one token taken off, as ours.
+    ``generate_decode``: of its decoding alone, the time of a call for one token taken off, as ours.
     """
     model = random_model(config_json, device)
-    answers = {"generate": generate}
+
+    def seconds(model: Any, answer: Callable[..., list[list[int]]], new: int) -> float:
+        began = time.perf_counter()
+        answers = answer(model, prompts, new=new, temperature=temperature)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - began
+        assert len(answers) == len(prompts) and all(len(tokens) == new for tokens in answers)
+        return taken
+
+    seconds(model, generate, 2)
+    first, whole = seconds(model, generate, 1), seconds(model, generate, new)
+    found = {
+        "generate": len(prompts) * new / whole,
+        "generate_decode": len(prompts) * (new - 1) / (whole - first),
+    }
     if device.type == "cuda":  # which the other wants
-        answers["continuous_batching"] = continuous
-    found: dict[str, float] = {}
-    for name, answer in answers.items():
-        first, whole = (_seconds(answer, model, prompts, new=n, temperature=temperature) for n in (1, new))
-        found[name] = len(prompts) * new / whole
-        found[f"{name}_decode"] = len(prompts) * (new - 1) / (whole - first)
+        seconds(model, continuous, new)
+        found["continuous_batching"] = len(prompts) * new / seconds(model, continuous, new)
     del model
     gc.collect()
     return found
-
-
-def _seconds(answer: Callable[..., list[list[int]]], model: Any, prompts: list[list[int]], **how: Any) -> float:
-    """Of a call, the shorter of two."""
-    taken = []
-    for _ in range(2):
-        began = time.perf_counter()
-        answers = answer(model, prompts, **how)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-        assert len(answers) == len(prompts) and all(len(tokens) == how["new"] for tokens in answers)
-    return min(taken)
 
 
 def _rules(new: int, temperature: float) -> Any:
